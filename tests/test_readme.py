@@ -1,0 +1,133 @@
+"""The README, pyproject.toml and environment.yml tell one story, and it is the repository's."""
+
+import ast
+import re
+import sys
+
+import nbformat
+import pytest
+import yaml
+from packaging.requirements import Requirement
+from test_notebooks import NOTEBOOKS, PROJECT, REPOSITORY, ROOT, colab_address, colab_badges, missing_files
+
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+DISTRIBUTION_OF = {
+    "PIL": "pillow",
+    "open_clip": "open-clip-torch",
+    "skimage": "scikit-image",
+    "sklearn": "scikit-learn",
+}
+DISTRIBUTION_OF |= {"yaml": "pyyaml"}
+
+
+def canonical(name: str) -> str:
+    return name.lower().replace("_", "-")
+
+
+def commands(readme: str) -> list[str]:
+    """The lines of the README's shell blocks."""
+    return "".join(re.findall(r"```bash\n(.*?)```", readme, re.DOTALL)).splitlines()
+
+
+def absent_arguments(command: str) -> list[str]:
+    """Files, folders and extras that a command names and the repository doesn't have."""
+    words = [word.strip("'\"") for word in command.split()]
+    paths = [word for word in words if re.fullmatch(r"(?!\.venv)[\w*-][\w.*/-]*(/[\w.*-]*|\.(py|toml|yml))", word)]
+    extras = [extra for word in words for extra in re.findall(r"^\.\[(\w+)\]$", word)]
+    return [path for path in paths if not list(ROOT.glob(path))] + [
+        extra for extra in extras if extra not in PROJECT["optional-dependencies"]
+    ]
+
+
+def imports(source: str) -> set[str]:
+    """Top-level names of the packages a piece of Python imports."""
+    nodes = list(ast.walk(ast.parse(source)))
+    plain = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
+    dotted = {node.module for node in nodes if isinstance(node, ast.ImportFrom) and node.level == 0}
+    return {name.split(".")[0] for name in plain | dotted} - set(sys.stdlib_module_names)
+
+
+def declared(requirements: list[str]) -> set[str]:
+    return {canonical(Requirement(requirement).name) for requirement in requirements}
+
+
+def undeclared(source: str, requirements: list[str]) -> set[str]:
+    """What a piece of Python imports without the requirements (or the repository) providing it."""
+    ours = {path.stem for folder in ("tests", "data") for path in ROOT.glob(f"{folder}/**/*.py")} | {
+        "libragrad_minimal"
+    }
+    used = {canonical(DISTRIBUTION_OF.get(name, name)) for name in imports(source) - ours}
+    return used - declared(requirements)
+
+
+def test_readme_links_exist():
+    assert missing_files(README, ROOT) == []
+    assert missing_files("[a](missing.md) [b](https://example.org) [c](#here)", ROOT) == ["missing.md"]
+
+
+def test_readme_table_lists_exactly_the_notebooks():
+    expected = [path.relative_to(ROOT).as_posix() for path in NOTEBOOKS]
+    assert re.findall(r"^\| \[[^\]]+\]\((notebooks/[^)]+)\)", README, re.MULTILINE) == expected
+
+
+def test_readme_badges_are_the_notebooks_own():
+    assert colab_badges(README.replace("https://colab.research.google.com/assets/", "")) == [
+        colab_address(path) for path in NOTEBOOKS
+    ]
+
+
+def test_every_address_of_this_project_is_the_one_in_pyproject():
+    texts = [README, (ROOT / "CITATION.cff").read_text(encoding="utf-8")]
+    found = {address for text in texts for address in re.findall(r"https://github\.com/libragrad/[\w-]+", text)}
+    assert found == {REPOSITORY}
+
+
+def test_readme_commands_name_what_exists():
+    assert len(commands(README)) >= 3
+    assert {command: absent_arguments(command) for command in commands(README) if absent_arguments(command)} == {}
+
+
+def test_absent_arguments_are_found_out():
+    assert absent_arguments("pip install -e '.[tests]' && jupyter lab notebook/ && python tests/speed.py") == [
+        "notebook/",
+        "tests/speed.py",
+        "tests",
+    ]
+
+
+def test_every_command_sets_itself_up():
+    for command in commands(README):
+        assert command.startswith("python3 -m venv .venv && .venv/bin/pip install -e "), command
+
+
+def test_ci_finds_the_test_command():
+    assert [command for command in commands(README) if command.endswith("bin/pytest")] == re.findall(
+        "^.*bin/pytest$", README, re.MULTILINE
+    )
+
+
+def test_conda_users_get_the_same_dependencies():
+    environment = yaml.safe_load((ROOT / "environment.yml").read_text(encoding="utf-8"))
+    assert environment["dependencies"] == [f"python{PROJECT['requires-python']}", "pip", {"pip": ["-e .[test]"]}]
+
+
+def test_dependencies_have_lower_bounds_only():
+    everything = PROJECT["dependencies"] + PROJECT["optional-dependencies"]["test"]
+    operators = {spec.operator for requirement in everything for spec in Requirement(requirement).specifier}
+    assert operators == {">="}
+    assert all(Requirement(requirement).specifier for requirement in everything)
+
+
+@pytest.mark.parametrize("folder", ["libragrad_minimal", "data", "notebooks", "tests"])
+def test_every_import_is_declared(folder):
+    requirements = PROJECT["dependencies"] + (PROJECT["optional-dependencies"]["test"] if folder == "tests" else [])
+    sources = [path.read_text(encoding="utf-8") for path in (ROOT / folder).glob("**/*.py")]
+    for path in (ROOT / folder).glob("*.ipynb"):
+        code = [cell.source for cell in nbformat.read(path, as_version=4).cells if cell.cell_type == "code"]
+        sources += [re.sub(r"^(\s*)[%!].*$", r"\1pass", source, flags=re.MULTILINE) for source in code]
+    assert set().union(*(undeclared(source, requirements) for source in sources)) == set()
+
+
+def test_an_undeclared_import_is_found_out():
+    source = "import os\nimport torch.nn\nfrom captum import attr\nimport PIL"
+    assert undeclared(source, PROJECT["dependencies"]) == {"captum"}
