@@ -2,7 +2,7 @@
 
 Two families (Mehri et al. 2025, section 4; definitions as in the project's notes):
 
-- *where does it point?* segmentation AP, pointing game, mass inside the mask, grid pointing game: need masks or known places;
+- *where does it point?* segmentation AP, pointing game, mass inside the mask, grid pointing game;
 - *is it faithful?* deletion: take tokens away in the order of their scores and watch the model's answer.
 
 Every metric returns one number per sample, so that `mean_and_error` can say how sure the average is.
@@ -10,8 +10,8 @@ Every metric returns one number per sample, so that `mean_and_error` can say how
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -112,9 +112,8 @@ def _positive_share(scores: Tensor, weight: Tensor) -> Tensor:
 
 def _check_maps(scores: Tensor, masks: Tensor) -> None:
     if scores.ndim != 3 or masks.ndim != 3 or len(scores) != len(masks):
-        raise ValueError(
-            f"need scores (B, h, w) and masks (B, H, W), got {tuple(scores.shape)} and {tuple(masks.shape)}"
-        )
+        shapes = f"{tuple(scores.shape)} and {tuple(masks.shape)}"
+        raise ValueError(f"need scores (B, h, w) and masks (B, H, W) of the same B, got {shapes}")
     if masks.dtype != torch.bool:
         raise ValueError(f"masks must be boolean, got {masks.dtype}; compare with a threshold first")
     if not scores.isfinite().all():
@@ -122,3 +121,184 @@ def _check_maps(scores: Tensor, masks: Tensor) -> None:
     empty = (~masks.flatten(1).any(1)).nonzero().flatten().tolist()
     if empty:
         raise ValueError(f"mask of sample {empty[0]} is empty: there is no object to point at")
+
+
+# --- is it faithful? --------------------------------------------------------------------------------------------------
+
+FRACTIONS = tuple(tenth / 10 for tenth in range(1, 11))
+
+
+class Curves(NamedTuple):
+    """The model's answer while tokens are taken away, each (B, K + 1); column 0 is the untouched input."""
+
+    logit: Tensor  # of the target class
+    log_probability: Tensor  # of the target class
+    predicts: Tensor  # the class with the highest logit
+
+
+@dataclass(frozen=True)
+class Deletion:
+    """Both deletion curves of one attribution method: most (mif) and least (lif) influential tokens first."""
+
+    fractions: Tensor  # (K + 1,) share of tokens taken away, beginning with 0
+    mif: Curves
+    lif: Curves
+    labels: Tensor | None  # (B,) ground truth
+
+    def summary(self) -> dict[str, Tensor]:
+        """Every deletion metric, one number per sample (B,); each is a mean over the K + 1 points of a curve.
+
+        - "MIF accuracy" 100 (1 - accuracy), "LIF accuracy" 100 accuracy, "SRG" the area between the two curves in
+          percent: higher is better. Accuracy is measured against the label predicted for the untouched input, and with
+          " (true label)" against the ground truth if it was given.
+        - "SRG (logit)": the same area between the curves of the target's logit.
+        - "MIF AOPC", "LIF AOPC": mean drop of the target's probability (Samek et al. 2017).
+        - "MIF log-odds", "LIF log-odds": mean of log p(occluded) - log p(untouched), as the text literature has it.
+        For MIF a high AOPC and low (very negative) log-odds are good, for LIF the reverse.
+        """
+        result = self._accuracies(self.mif.predicts[:, :1], "")
+        if self.labels is not None:
+            result |= self._accuracies(self.labels[:, None], " (true label)")
+        result["SRG (logit)"] = (self.lif.logit - self.mif.logit).mean(1)
+        for name, curves in {"MIF": self.mif, "LIF": self.lif}.items():
+            probability = curves.log_probability.exp()
+            result[f"{name} AOPC"] = (probability[:, :1] - probability).mean(1)
+            result[f"{name} log-odds"] = (curves.log_probability - curves.log_probability[:, :1]).mean(1)
+        return result
+
+    def _accuracies(self, labels: Tensor, suffix: str) -> dict[str, Tensor]:
+        mif, lif = (100 * (curves.predicts == labels).float().mean(1) for curves in (self.mif, self.lif))
+        return {f"MIF accuracy{suffix}": 100 - mif, f"LIF accuracy{suffix}": lif, f"SRG{suffix}": lif - mif}
+
+
+@torch.no_grad()
+def deletion(
+    model_fn: Callable[[Any], Tensor],
+    inputs: Tensor,
+    scores: dict[str, Tensor],
+    occlude: Callable[[Tensor, Tensor], Any],
+    *,
+    target: Tensor | None = None,
+    labels: Tensor | None = None,
+    removable: Tensor | None = None,
+    fractions: tuple[float, ...] = FRACTIONS,
+    batch_size: int = 64,
+) -> dict[str, Deletion]:
+    """Take tokens away in falling (MIF) and rising (LIF) order of score and record the model's answer.
+
+    model_fn   what `occlude` returns for N inputs -> logits (N, classes)
+    inputs     (B, ...) pictures, token ids, ...
+    scores     method name -> (B, T) or (B, h, w), one score per token
+    occlude    (inputs (N, ...), keep (N, T) bool) -> the inputs with the other tokens taken away:
+               `occlude_patches`, `replace_tokens`, `mask_tokens`, `remove_tokens` or your own
+    target     (B,) class whose logit and probability are followed; default: the predicted class
+    labels     (B,) ground truth, for the accuracies against it
+    removable  (B, T) bool; False for tokens that stay for ever (padding, first token). Default: all may go
+    fractions  shares of the removable tokens to take away; 0 is always measured
+
+    The occluded copies of all methods, orders and inputs share batches, and equal copies are computed once.
+    """
+    scores = {name: values.detach().flatten(1).to(inputs.device) for name, values in scores.items()}
+    removable = _check_deletion(inputs, scores, removable, fractions)
+    answer = partial(_answers, model_fn, inputs, occlude, batch_size=batch_size)
+
+    sample = torch.arange(len(inputs), device=inputs.device)
+    untouched = answer(sample, torch.ones_like(removable), target)
+    target = untouched.predicts if target is None else target.to(inputs.device)
+
+    keep = torch.stack([_keep(sign * values, removable, fractions) for values in scores.values() for sign in (1, -1)])
+    copies = torch.cat([sample[None, :, None, None].expand(*keep.shape[:3], 1), keep.int()], dim=-1)
+    distinct, origin = copies.flatten(0, 2).unique(dim=0, return_inverse=True)
+    occluded = answer(distinct[:, 0], distinct[:, 1:].bool(), target[distinct[:, 0]])
+
+    def curves(run: int) -> Curves:
+        points = origin.unflatten(0, keep.shape[:3])[run]
+        return Curves(
+            *(torch.cat([first[:, None], rest[points]], 1) for first, rest in zip(untouched, occluded, strict=True))
+        )
+
+    share = torch.tensor([0.0, *fractions])
+    return {name: Deletion(share, curves(2 * i), curves(2 * i + 1), labels) for i, name in enumerate(scores)}
+
+
+def _keep(scores: Tensor, removable: Tensor, fractions: tuple[float, ...]) -> Tensor:
+    """Scores (B, T) -> which tokens stay (B, K, T) when each fraction of the highest removable ones is taken away."""
+    order = scores.masked_fill(~removable, -torch.inf).argsort(dim=1, descending=True, stable=True)
+    rank = order.argsort(dim=1)
+    gone = (removable.sum(1, keepdim=True) * torch.tensor(fractions, dtype=torch.double, device=scores.device)).round()
+    return rank[:, None] >= gone[:, :, None]
+
+
+def _answers(
+    model_fn: Callable,
+    inputs: Tensor,
+    occlude: Callable,
+    sample: Tensor,
+    keep: Tensor,
+    target: Tensor | None,
+    batch_size: int,
+) -> Curves:
+    """The model's answers to occluded copies: sample (N,) says of which input, keep (N, T) what stays; each (N,)."""
+    parts = []
+    for chunk in tqdm(torch.arange(len(sample), device=sample.device).split(batch_size), "deletion", disable=None):
+        logits = model_fn(occlude(inputs[sample[chunk]], keep[chunk])).float()
+        if logits.shape[:-1] != chunk.shape:
+            raise ValueError(f"model_fn must return logits ({len(chunk)}, classes), got {tuple(logits.shape)}")
+        predicts = logits.argmax(1)
+        followed = (predicts if target is None else target[chunk])[:, None]
+        parts.append((logits.gather(1, followed)[:, 0], logits.log_softmax(1).gather(1, followed)[:, 0], predicts))
+    return Curves(*(torch.cat(part) for part in zip(*parts, strict=True)))
+
+
+def _check_deletion(inputs: Tensor, scores: dict[str, Tensor], removable: Tensor | None, fractions: tuple) -> Tensor:
+    if not scores:
+        raise ValueError("no scores given: need a dict of method name -> scores (B, T)")
+    shape = next(iter(scores.values())).shape
+    for name, values in scores.items():
+        if values.shape != shape or len(values) != len(inputs):
+            raise ValueError(f"scores of {name} are {tuple(values.shape)}, expected {(len(inputs), *shape[1:])}")
+        if values.isnan().any():
+            raise ValueError(f"scores of {name} contain NaN: there is no order to take tokens away in")
+    if not fractions or not all(0 <= fraction <= 1 for fraction in fractions):
+        raise ValueError(f"fractions must be shares between 0 and 1, got {fractions}")
+    if removable is None:
+        return torch.ones(shape, dtype=torch.bool, device=inputs.device)
+    return removable.to(inputs.device, torch.bool).expand(shape)
+
+
+def occlude_patches(images: Tensor, keep: Tensor, grid: tuple[int, int] | None = None, value: float = 0.0) -> Tensor:
+    """Paint the patches that don't stay: images (N, C, H, W), keep (N, T) bool -> (N, C, H, W).
+
+    grid   (rows, columns) of patches; default: a square
+    value  what to paint, one number or a tensor that broadcasts to the images. The default 0 is the dataset's mean in
+           images normalised with it, as timm's and open_clip's transforms do.
+    """
+    side = round(keep.shape[1] ** 0.5)
+    rows, columns = grid or (side, side)
+    if rows * columns != keep.shape[1]:
+        raise ValueError(f"{keep.shape[1]} patches don't fill a {rows}x{columns} grid: give the right grid")
+    visible = F.interpolate(keep.view(-1, 1, rows, columns).float(), size=images.shape[-2:], mode="nearest").bool()
+    return images.where(visible, torch.as_tensor(value, dtype=images.dtype, device=images.device))
+
+
+def replace_tokens(ids: Tensor, keep: Tensor, token_id: int) -> dict[str, Tensor]:
+    """Put token_id (a pad or mask token) where a token doesn't stay: ids, keep (N, T) -> keyword arguments."""
+    return {"input_ids": ids.where(keep, token_id)}
+
+
+def mask_tokens(ids: Tensor, keep: Tensor) -> dict[str, Tensor]:
+    """Hide tokens with the attention mask, positions unchanged: ids, keep (N, T) -> keyword arguments."""
+    return {"input_ids": ids, "attention_mask": keep.long()}
+
+
+def remove_tokens(ids: Tensor, keep: Tensor, pad_id: int = 0) -> dict[str, Tensor]:
+    """Cut tokens out and close the gaps: ids, keep (N, T) -> keyword arguments, padded on the left.
+
+    The last remaining token stays the last one, so `logits[:, -1]` is the prediction for the shortened text.
+    """
+    if not keep.any(1).all():
+        raise ValueError("nothing would be left of a text: mark at least one token as not removable")
+    order = keep.long().argsort(dim=1, stable=True)
+    kept = keep.gather(1, order).long()
+    shifted = ids.gather(1, order).where(kept.bool(), pad_id)
+    return {"input_ids": shifted, "attention_mask": kept, "position_ids": (kept.cumsum(1) - 1).clamp(min=0)}

@@ -1,9 +1,13 @@
 """The metrics against scikit-learn, brute-force loops and cases worked out by hand."""
 
+from functools import partial
+
 import numpy as np
 import pytest
+import timm
 import torch
 from sklearn.metrics import average_precision_score
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from libragrad_minimal import metrics
 
@@ -87,3 +91,184 @@ def test_grid_pointing_game_refuses_what_it_cannot_cut():
         metrics.grid_pointing_game(torch.ones(1, 7, 8), torch.tensor([0]))
     with pytest.raises(ValueError, match="0..3"):
         metrics.grid_pointing_game(torch.ones(1, 8, 8), torch.tensor([4]))
+
+
+# --- deletion ---------------------------------------------------------------------------------------------------------
+
+
+def tiny_vit(classes=5):
+    torch.manual_seed(1)
+    return timm.create_model(
+        "vit_tiny_patch16_224", img_size=32, patch_size=8, embed_dim=24, num_heads=2, depth=2, num_classes=classes
+    ).eval()
+
+
+def naive_deletion(model_fn, x, scores, descending, fractions, target, take_away):
+    """One sample, one order, one fraction at a time, one token at a time."""
+    order = sorted(range(len(scores)), key=lambda t: -scores[t] if descending else scores[t])
+    logits = []
+    for fraction in (0, *fractions):
+        gone = order[: round(fraction * len(order))]
+        with torch.no_grad():
+            logits.append(model_fn(take_away(x, gone)))
+    logits = torch.cat(logits)
+    return logits[:, target], logits.log_softmax(1)[:, target], logits.argmax(1)
+
+
+def test_vision_deletion_equals_a_naive_loop():
+    model, images = tiny_vit(), torch.randn(3, 3, 32, 32)
+    scores = {name: torch.randn(3, 4, 4) for name in ("one", "two", "three")}
+    labels = torch.tensor([0, 1, 2])
+    fractions = (0.1, 0.4, 0.7, 1.0)
+    results = metrics.deletion(
+        model, images, scores, metrics.occlude_patches, labels=labels, fractions=fractions, batch_size=7
+    )
+
+    def paint(image, gone):
+        image = image.clone()
+        for patch in gone:
+            row, column = divmod(patch, 4)
+            image[:, 8 * row : 8 * row + 8, 8 * column : 8 * column + 8] = 0
+        return image[None]
+
+    for name, maps in scores.items():
+        for i in range(3):
+            predicted = model(images[i : i + 1]).argmax(1)
+            for curves, descending in ((results[name].mif, True), (results[name].lif, False)):
+                expected = naive_deletion(
+                    model, images[i], maps[i].flatten().tolist(), descending, fractions, predicted.item(), paint
+                )
+                for got, want in zip(curves, expected, strict=True):
+                    torch.testing.assert_close(got[i], want)
+        summary = results[name].summary()
+        accuracy = (results[name].mif.predicts == labels[:, None]).float().mean(1)
+        torch.testing.assert_close(summary["MIF accuracy (true label)"], 100 - 100 * accuracy)
+        torch.testing.assert_close(summary["SRG"], summary["LIF accuracy"] + summary["MIF accuracy"] - 100)
+
+
+def test_deletion_metrics_by_hand():
+    """Two classes whose log-odds is the sum of the tokens that are left: 2, 1 and -1."""
+    tokens = torch.tensor([[2.0, 1.0, -1.0]])
+
+    def model_fn(x):
+        return torch.stack([x.sum(1), torch.zeros(len(x))], 1)
+
+    result = metrics.deletion(
+        model_fn,
+        tokens,
+        {"exact": tokens},
+        lambda x, keep: x * keep,
+        labels=torch.tensor([1]),
+        fractions=(1 / 3, 2 / 3, 1),
+    )["exact"]
+    mif, lif = torch.tensor([2.0, 0.0, -1.0, 0.0]), torch.tensor([2.0, 3.0, 2.0, 0.0])
+    torch.testing.assert_close(result.mif.logit[0], mif)
+    torch.testing.assert_close(result.lif.logit[0], lif)
+    summary = {name: value.item() for name, value in result.summary().items()}
+    p = [1 / (1 + np.exp(-z)) for z in (2, 0, -1, 0)]
+    assert summary["MIF AOPC"] == pytest.approx((0 + (p[0] - p[1]) + (p[0] - p[2]) + (p[0] - p[3])) / 4)
+    assert summary["MIF log-odds"] == pytest.approx(np.log([q / p[0] for q in p]).mean())
+    # at a tie (log-odds 0) the first class wins, so only the third point of MIF answers "1"
+    assert summary["MIF accuracy"] == pytest.approx(25)
+    assert summary["LIF accuracy"] == pytest.approx(100)
+    assert summary["SRG"] == pytest.approx(25)
+    assert summary["MIF accuracy (true label)"] == pytest.approx(75)
+    assert summary["LIF accuracy (true label)"] == 0
+    assert summary["SRG (logit)"] == pytest.approx((7 - 1) / 4)
+
+
+def test_deletion_shares_equal_copies():
+    """Same scores under two names, and the empty picture of both orders, are computed once."""
+    seen = []
+
+    def model_fn(x):
+        seen.append(len(x))
+        return torch.stack([x.sum(1), -x.sum(1)], 1)
+
+    x = torch.randn(2, 4)
+    metrics.deletion(model_fn, x, {"a": x, "again": x}, lambda x, keep: x * keep, fractions=(0.25, 0.5, 0.75, 1))
+    assert sum(seen) == 2 * (1 + 3 + 3 + 1)
+
+
+def test_deletion_follows_another_target():
+    model, images = tiny_vit(), torch.randn(2, 3, 32, 32)
+    target = torch.tensor([3, 4])
+    result = metrics.deletion(model, images, {"x": torch.randn(2, 16)}, metrics.occlude_patches, target=target)["x"]
+    with torch.no_grad():
+        torch.testing.assert_close(result.mif.logit[:, 0], model(images).gather(1, target[:, None])[:, 0])
+
+
+def tiny_llama():
+    torch.manual_seed(2)
+    config = LlamaConfig(
+        vocab_size=30, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=1, initializer_range=0.5,
+    )  # fmt: skip
+    return LlamaForCausalLM(config).eval()
+
+
+@pytest.mark.parametrize("how", ["replace", "mask", "remove"])
+def test_text_deletion_equals_a_naive_loop(how):
+    model, ids = tiny_llama(), torch.randint(3, 30, (2, 7))
+    scores = torch.randn(2, 7)
+    removable = torch.ones(7, dtype=torch.bool)
+    removable[[0, 6]] = False
+    occlude = {
+        "replace": partial(metrics.replace_tokens, token_id=1),
+        "mask": metrics.mask_tokens,
+        "remove": metrics.remove_tokens,
+    }[how]
+
+    def model_fn(inputs):
+        return model(**inputs).logits[:, -1]
+
+    def naive_take_away(x, gone):
+        gone = [t + 1 for t in gone]
+        if how == "replace":
+            return {"input_ids": torch.tensor([[1 if t in gone else int(x[t]) for t in range(7)]])}
+        if how == "mask":
+            return {"input_ids": x[None], "attention_mask": torch.tensor([[int(t not in gone) for t in range(7)]])}
+        return {"input_ids": torch.tensor([[int(x[t]) for t in range(7) if t not in gone]])}
+
+    fractions = (0.2, 0.6, 1.0)
+    result = metrics.deletion(model_fn, ids, {"x": scores}, occlude, removable=removable, fractions=fractions)["x"]
+    for i in range(2):
+        predicted = model_fn({"input_ids": ids[i : i + 1]}).argmax(1).item()
+        for curves, descending in ((result.mif, True), (result.lif, False)):
+            inner = scores[i, 1:6].tolist()
+            expected = naive_deletion(model_fn, ids[i], inner, descending, fractions, predicted, naive_take_away)
+            for got, want in zip(curves, expected, strict=True):
+                torch.testing.assert_close(got[i], want, rtol=1e-4, atol=1e-5)
+
+
+def test_occlude_patches_on_a_rectangle():
+    images = torch.arange(1.0, 25).view(1, 1, 4, 6)
+    keep = torch.tensor([[True, False, True, False, True, True]])
+    painted = metrics.occlude_patches(images, keep, grid=(2, 3), value=-1)
+    gone = torch.zeros(4, 6, dtype=torch.bool)
+    gone[:2, 2:4] = gone[2:, :2] = True
+    assert (painted[0, 0][gone] == -1).all()
+    assert torch.equal(painted[0, 0][~gone], images[0, 0][~gone])
+    with pytest.raises(ValueError, match="grid"):
+        metrics.occlude_patches(images, keep)
+
+
+def test_deletion_refuses_bad_input():
+    x = torch.randn(2, 4)
+    run = partial(metrics.deletion, lambda x: x, x, occlude=lambda x, keep: x * keep)
+    with pytest.raises(ValueError, match="NaN"):
+        run({"a": x * float("nan")})
+    with pytest.raises(ValueError, match="scores of b"):
+        run({"a": x, "b": x[:1]})
+    with pytest.raises(ValueError, match="between 0 and 1"):
+        run({"a": x}, fractions=(10,))
+    with pytest.raises(ValueError, match="no scores"):
+        run({})
+    with pytest.raises(ValueError, match="not removable"):
+        metrics.remove_tokens(torch.ones(1, 2), torch.zeros(1, 2, dtype=torch.bool))
+
+
+def test_completeness_error_by_hand():
+    absolute, relative = metrics.completeness_error(torch.tensor([2.0, -4.0]), torch.tensor([2.5, -4.0]))
+    torch.testing.assert_close(absolute, torch.tensor([0.5, 0.0]))
+    torch.testing.assert_close(relative, torch.tensor([0.25, 0.0]))

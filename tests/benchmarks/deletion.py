@@ -1,0 +1,80 @@
+"""Deletion metrics against the loop one would write first: same curves, how much faster, where does the time go?
+
+python tests/benchmarks/deletion.py             # demo-sized ViT, 64x64 pictures
+python tests/benchmarks/deletion.py --big       # ViT-Tiny, 224x224 pictures
+"""
+
+import argparse
+import time
+
+import timm
+import torch
+
+from libragrad_minimal.metrics import FRACTIONS, deletion, occlude_patches
+
+
+def naive_deletion(model, images, scores, side):
+    """Method by method, picture by picture, order by order, fraction by fraction, patch by patch."""
+    size = images.shape[-1] // side
+    curves = {}
+    for name, maps in scores.items():
+        for order in ("mif", "lif"):
+            for i, image in enumerate(images):
+                ranked = maps[i].argsort(descending=order == "mif", stable=True).tolist()
+                predicted = model(image[None]).argmax(1)
+                for k, fraction in enumerate((0, *FRACTIONS)):
+                    picture = image.clone()
+                    for patch in ranked[: round(fraction * len(ranked))]:
+                        row, column = divmod(patch, side)
+                        for y in range(row * size, (row + 1) * size):
+                            for x in range(column * size, (column + 1) * size):
+                                picture[:, y, x] = 0
+                    curves[name, order, i, k] = model(picture[None])[0, predicted].item()
+    return curves
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--big", action="store_true", help="ViT-Tiny at 224x224 instead of the demo size")
+    parser.add_argument("--pictures", type=int, default=2)
+    parser.add_argument("--methods", type=int, default=4)
+    args = parser.parse_args()
+
+    torch.manual_seed(0)
+    sizes = {} if args.big else dict(img_size=64, patch_size=8, embed_dim=128, depth=6, num_heads=4, num_classes=12)
+    model = timm.create_model("vit_tiny_patch16_224", **sizes).eval()
+    side = model.patch_embed.grid_size[0]
+    images = torch.randn(args.pictures, 3, *model.patch_embed.img_size)
+    scores = {f"method {i}": torch.randn(args.pictures, side * side) for i in range(args.methods)}
+
+    in_model = 0.0
+
+    def timed_model(pictures):
+        nonlocal in_model
+        start = time.perf_counter()
+        logits = model(pictures)
+        in_model += time.perf_counter() - start
+        return logits
+
+    with torch.no_grad():
+        model(images)  # warm up
+        start = time.perf_counter()
+        results = deletion(timed_model, images, scores, occlude_patches)
+        fast = time.perf_counter() - start
+        start = time.perf_counter()
+        expected = naive_deletion(model, images, scores, side)
+        slow = time.perf_counter() - start
+
+    worst = max(
+        abs(getattr(results[name], order).logit[i, k].item() - logit) for (name, order, i, k), logit in expected.items()
+    )
+    print(f"largest difference of a logit {worst:.1e}")
+    print(
+        f"naive {slow:.2f} s, batched {fast:.2f} s: {slow / fast:.1f} times faster on {torch.get_num_threads()} threads"
+    )
+    print(f"share of the batched time spent inside the model: {100 * in_model / fast:.0f} %")
+    assert worst < 1e-4
+
+
+if __name__ == "__main__":
+    main()
