@@ -1,0 +1,251 @@
+"""Train the demo Llama: a small LlamaForCausalLM with Llama 3's features that answers the questions of questions.py.
+
+    python data/train_llama.py                # train (resumes where it stopped), evaluate, write data/demo_llama/
+    python data/train_llama.py --evaluate     # only measure the model that lies in data/demo_llama/
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import random
+import time
+from collections import defaultdict
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from questions import KINDS, Question, held_out, held_out_questions, make_questions
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from tqdm import tqdm
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+HERE = Path(__file__).resolve().parent
+MODEL_FOLDER = HERE / "demo_llama"
+CHECKPOINT = HERE / ".cache" / "train_llama.pt"
+QUESTIONS_FILE = HERE / "evidence_questions.json"
+
+BOS, EOS, PAD = "<|begin_of_text|>", "<|end_of_text|>", "<|pad|>"
+ROLE_START, ROLE_END, TURN_END = "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"
+CHAT_TEMPLATE = (
+    "{{ bos_token }}{% for message in messages %}"
+    "{{ '<|start_header_id|>' + message['role'] + '<|end_header_id|>\n\n' + message['content'] + '<|eot_id|>' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}"
+)
+CHAT_KINDS = ("colour", "owner", "place")
+Segment = tuple[str, bool]  # a piece of a training text, and whether it is an answer
+
+
+def training_text(rng: random.Random) -> list[Segment]:
+    """A story with up to three questions and their answers, now and then as a chat; never a held-out question."""
+    kind = rng.choice(list(KINDS))
+    questions = make_questions(rng, kind, size=rng.randint(1, 4), unrelated=rng.choice((0, 0, 1, 2)), count=3)
+    questions = [question for question in questions if not held_out(question)]
+    if not questions:
+        return training_text(rng)
+    if kind in CHAT_KINDS and rng.random() < 0.25:
+        return chat_text(questions[0])
+    end = "\n" if kind == "code" else "."
+    text: list[Segment] = [(BOS + questions[0].story.rstrip(" "), False)]
+    for number, question in enumerate(questions):
+        starts_text = number == 0 and not question.story
+        space = "" if kind == "code" or starts_text else " "
+        text += [(space + question.ask, False), (question.answer, True), (end, False)]
+    return [*text, (EOS, False)]
+
+
+def chat_text(question: Question) -> list[Segment]:
+    """The question as a user's turn and the answer as the assistant's, in Llama 3's chat format."""
+    opening = f"{BOS}{ROLE_START}user{ROLE_END}\n\n{question.prompt}{TURN_END}{ROLE_START}assistant{ROLE_END}\n\n"
+    return [(opening, False), (question.answer.strip(), True), (TURN_END, False)]
+
+
+def make_tokenizer(seed: int) -> PreTrainedTokenizerFast:
+    """Byte-level BPE like Llama 3's (any text can be written, spaces belong to the next word); our words are one token each."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    special = [BOS, EOS, PAD, ROLE_START, ROLE_END, TURN_END]
+    trainer = trainers.BpeTrainer(
+        vocab_size=5000,  # more than are needed: merging ends when every word is a token
+        special_tokens=special,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    rng = random.Random(seed)
+    texts = ["".join(piece for piece, _ in training_text(rng)) for _ in range(30_000)]
+    for token in special:
+        texts = [text.replace(token, "\n\n") for text in texts]
+    tokenizer.train_from_iterator([*texts, "system"], trainer)
+    bos_id = tokenizer.token_to_id(BOS)
+    tokenizer.post_processor = processors.TemplateProcessing(f"{BOS} $A", special_tokens=[(BOS, bos_id)])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token=BOS,
+        eos_token=EOS,
+        pad_token=PAD,
+        additional_special_tokens=[ROLE_START, ROLE_END, TURN_END],
+        chat_template=CHAT_TEMPLATE,
+        clean_up_tokenization_spaces=False,
+        model_max_length=512,
+    )
+
+
+def make_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
+    """Grouped-query attention, RoPE with Llama 3's scaling, SwiGLU, RMSNorm, tied embeddings: Llama 3.2 in small."""
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=128,
+        intermediate_size=320,
+        num_hidden_layers=4,
+        num_attention_heads=8,
+        num_key_value_heads=4,
+        max_position_embeddings=512,
+        rope_parameters={
+            "rope_type": "llama3",
+            "rope_theta": 10000.0,
+            "factor": 4.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 128,
+        },
+        rms_norm_eps=1e-5,
+        tie_word_embeddings=True,
+        initializer_range=0.04,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    return LlamaForCausalLM(config)
+
+
+def batches(tokenizer: PreTrainedTokenizerFast, rng: random.Random, batch_size: int):
+    """Endless batches (ids, weight of each id as a target); texts of like length go together, so little is padding."""
+    known: dict[Segment, list[int]] = {}
+
+    def encode(piece: str) -> list[int]:
+        if piece not in known:
+            if len(known) > 200_000:
+                known.clear()
+            known[piece] = tokenizer(piece, add_special_tokens=False)["input_ids"]
+        return known[piece]
+
+    while True:
+        texts = []
+        for _ in range(batch_size * 32):
+            ids, weights = [], []
+            for piece, is_answer in training_text(rng):
+                piece_ids = encode(piece)
+                ids += piece_ids
+                weights += [1.0 if is_answer else 0.05] * len(piece_ids)
+            texts.append((ids, weights))
+        texts.sort(key=lambda text: len(text[0]))
+        groups = [texts[start : start + batch_size] for start in range(0, len(texts), batch_size)]
+        rng.shuffle(groups)
+        for group in groups:
+            width = max(len(ids) for ids, _ in group)
+            yield (
+                torch.tensor([ids + [tokenizer.pad_token_id] * (width - len(ids)) for ids, _ in group]),
+                torch.tensor([weights + [0.0] * (width - len(weights)) for _, weights in group]),
+            )
+
+
+def train(steps: int, batch_size: int, learning_rate: float, seed: int) -> tuple[LlamaForCausalLM, PreTrainedTokenizerFast]:
+    torch.manual_seed(seed)
+    tokenizer = make_tokenizer(seed)
+    model = make_model(tokenizer)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, betas=(0.9, 0.98), weight_decay=0.05)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, total_steps=steps, pct_start=0.05)
+    done, seconds = 0, 0.0
+    if CHECKPOINT.exists():
+        saved = torch.load(CHECKPOINT, weights_only=True)
+        if saved["settings"] != [steps, batch_size, learning_rate, seed]:
+            raise SystemExit(f"{CHECKPOINT} was made with other settings {saved['settings']}: delete it or use those.")
+        model.load_state_dict(saved["model"])
+        optimizer.load_state_dict(saved["optimizer"])
+        schedule.load_state_dict(saved["schedule"])
+        done, seconds = saved["done"], saved["seconds"]
+    print(f"{sum(p.numel() for p in model.parameters()):,} parameters, {len(tokenizer)} tokens, starting at step {done}")
+
+    data = batches(tokenizer, random.Random(seed + 1000 + done), batch_size)
+    progress = tqdm(range(done, steps), initial=done, total=steps, desc="training", mininterval=5)
+    started = time.time()
+    for step in progress:
+        ids, weights = next(data)
+        logits = model(ids).logits[:, :-1]
+        each = F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="none")
+        weights = weights[:, 1:].flatten()
+        loss = (each * weights).sum() / weights.sum()
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        if (step + 1) % 50 == 0:
+            answers = weights == 1
+            right = (logits.flatten(0, 1).argmax(-1) == ids[:, 1:].flatten())[answers].float().mean()
+            progress.set_postfix(loss=f"{each[answers].mean():.3f}", right=f"{right:.3f}")
+        if (step + 1) % 500 == 0 or step + 1 == steps:
+            CHECKPOINT.parent.mkdir(exist_ok=True)
+            state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "schedule": schedule.state_dict()}
+            settings = {"settings": [steps, batch_size, learning_rate, seed], "done": step + 1}
+            torch.save({**state, **settings, "seconds": seconds + time.time() - started}, CHECKPOINT)
+            tqdm.write(f"step {step + 1}: {format_accuracy(accuracy(model, tokenizer, held_out_questions(300)))}")
+            model.train()
+    print(f"trained for {(seconds + time.time() - started) / 60:.0f} minutes")
+    return model, tokenizer
+
+
+@torch.no_grad()
+def accuracy(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, questions: list[Question]) -> dict[str, float]:
+    """Share of questions whose most likely next token is the answer, by kind and over all."""
+    model.eval()
+    right = defaultdict(list)
+    for start in range(0, len(questions), 50):
+        group = questions[start : start + 50]
+        batch = tokenizer([question.prompt for question in group], return_tensors="pt", padding=True, padding_side="left")
+        best = model(**batch, logits_to_keep=1).logits[:, -1].argmax(-1).tolist()
+        for question, token in zip(group, tokenizer.convert_ids_to_tokens(best)):
+            right[question.kind].append(tokenizer.convert_tokens_to_string([token]) == question.answer)
+    shares = {kind: sum(hits) / len(hits) for kind, hits in sorted(right.items())}
+    return {"all": sum(map(sum, right.values())) / len(questions), **shares}
+
+
+def format_accuracy(shares: dict[str, float]) -> str:
+    return ", ".join(f"{kind} {100 * share:.1f} %" for kind, share in shares.items())
+
+
+def save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast) -> None:
+    """Write the model in half precision, in transformers' own format, and 500 held-out questions with their evidence."""
+    model.half().save_pretrained(MODEL_FOLDER)
+    tokenizer.save_pretrained(MODEL_FOLDER)
+    lines = ",\n".join(json.dumps({**asdict(question), "prompt": question.prompt}) for question in held_out_questions(500))
+    QUESTIONS_FILE.write_text(f"[\n{lines}\n]\n")
+
+
+def evaluate(count: int) -> None:
+    model = LlamaForCausalLM.from_pretrained(MODEL_FOLDER, dtype=torch.float32)
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(MODEL_FOLDER)
+    shares = accuracy(model, tokenizer, held_out_questions(count, seed=1))
+    error = math.sqrt(shares["all"] * (1 - shares["all"]) / count)
+    print(f"held-out questions ({count}; ± {100 * error:.1f} %): {format_accuracy(shares)}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--steps", type=int, default=10_000, help="optimizer steps (default: %(default)s)")
+    parser.add_argument("--batch-size", type=int, default=64, help="texts in a step (default: %(default)s)")
+    parser.add_argument("--learning-rate", type=float, default=2e-3, help="peak of the one-cycle schedule (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="of the weights and the texts (default: %(default)s)")
+    parser.add_argument("--evaluate", action="store_true", help="measure the model in data/demo_llama/ and stop")
+    parser.add_argument("--questions", type=int, default=2000, help="held-out questions to measure on (default: %(default)s)")
+    options = parser.parse_args()
+    if not options.evaluate:
+        save(*train(options.steps, options.batch_size, options.learning_rate, options.seed))
+    evaluate(options.questions)
+
+
+if __name__ == "__main__":
+    main()
