@@ -1,0 +1,153 @@
+"""The models of the notebooks, each with what an attribution needs to know about it.
+
+`load_demo(kind)` gives the small model shipped in data/, `load_pretrained(kind, name)` a public one from its hub.
+Both return a `LoadedModel`, so a notebook written for one runs on the other.
+"""
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+DATA = Path(__file__).resolve().parents[1] / "data"
+
+
+@dataclass
+class LoadedModel:
+    """A model in eval mode, and where its tokens come from."""
+
+    kind: str  # "vit", "clip" or "llama"
+    name: str
+    model: nn.Module
+    blocks: list[nn.Module]  # in forward order
+    transform: Callable[[Image.Image], Tensor] | None = None  # picture -> (3, H, W); None for text-only models
+    tokenizer: Any = None
+    class_names: list[str] | None = None
+    prefix_tokens: int = 0  # class and register tokens, which come before the patches
+    grid: tuple[int, int] | None = None  # rows and columns of patches
+
+
+def load_demo(kind: str) -> LoadedModel:
+    """The demo model of this kind ("vit", "clip" or "llama"), from data/demo_<kind>.safetensors.
+
+    Raises ValueError for another kind, FileNotFoundError for a missing checkpoint and ValueError for a damaged one.
+    """
+    return _loader(DEMOS, kind)(read_checkpoint(DATA / f"demo_{kind}.safetensors"))
+
+
+def load_pretrained(kind: str, name: str) -> LoadedModel:
+    """The public model `name`: a timm name for "vit". Downloaded once, then taken from the Hugging Face cache.
+
+    Raises ValueError for an unknown kind, and whatever the hub's library raises for an unknown name.
+    """
+    return _loader(PRETRAINED, kind)(name)
+
+
+# ---- ViT (timm) ----
+
+
+def _demo_vit(checkpoint: "Checkpoint") -> LoadedModel:
+    from timm.models import VisionTransformer
+
+    model = checkpoint.fill(VisionTransformer(**checkpoint.read("architecture")))
+    return _describe_vit("demo vit", model, _demo_transform, checkpoint.read("class_names"))
+
+
+def _pretrained_vit(name: str) -> LoadedModel:
+    import timm
+    from timm.data import ImageNetInfo, create_transform, resolve_model_data_config
+
+    model = timm.create_model(name, pretrained=True)
+    info = ImageNetInfo()
+    is_imagenet = model.num_classes == info.num_classes()
+    class_names = [info.index_to_description(i) for i in range(model.num_classes)] if is_imagenet else None
+    return _describe_vit(name, model, create_transform(**resolve_model_data_config(model)), class_names)
+
+
+def _describe_vit(name: str, model: nn.Module, transform: Callable, class_names: list[str] | None) -> LoadedModel:
+    if not hasattr(model, "blocks") or not hasattr(model, "patch_embed"):
+        raise ValueError(f"{name} has no blocks and patch_embed, as timm's Vision Transformers have; pick one of those")
+    return LoadedModel(
+        kind="vit",
+        name=name,
+        model=model.eval(),
+        blocks=list(model.blocks),
+        transform=transform,
+        class_names=class_names,
+        prefix_tokens=model.num_prefix_tokens,
+        grid=tuple(model.patch_embed.grid_size),
+    )
+
+
+def _demo_transform(picture: Image.Image) -> Tensor:
+    """Any picture -> (3, 64, 64) in [-1, 1], as the demo models were trained: cut square at the middle, then resized."""
+    side = min(picture.size)
+    left, top = (picture.width - side) // 2, (picture.height - side) // 2
+    square = picture.convert("RGB").resize((64, 64), Image.Resampling.BICUBIC, (left, top, left + side, top + side))
+    return torch.tensor(list(square.getdata()), dtype=torch.float32).view(64, 64, 3).permute(2, 0, 1) / 127.5 - 1
+
+
+# ---- which function loads what ----
+
+DEMOS = {"vit": _demo_vit}
+PRETRAINED = {"vit": _pretrained_vit}
+
+
+def _loader(loaders: dict[str, Callable], kind: str) -> Callable:
+    if kind not in loaders:
+        raise ValueError(f"unknown kind of model {kind!r}; there are {', '.join(loaders)}")
+    return loaders[kind]
+
+
+# ---- checkpoints: safetensors whose header says how to build the model ----
+
+
+@dataclass
+class Checkpoint:
+    """The tensors of a file, as fp32, and its header."""
+
+    path: Path
+    tensors: dict[str, Tensor]
+    header: dict[str, str]
+
+    def read(self, key: str) -> Any:
+        """What the header says of `key` (the header's values are JSON)."""
+        try:
+            return json.loads(self.header[key])
+        except (KeyError, json.JSONDecodeError) as error:
+            raise damaged(self.path, f"its header has no readable {key!r}") from error
+
+    def fill(self, model: nn.Module) -> nn.Module:
+        """Load the tensors into a model; they must fit exactly."""
+        try:
+            model.load_state_dict(self.tensors)
+        except RuntimeError as error:
+            raise damaged(self.path, "its tensors don't fit the model it describes") from error
+        return model
+
+
+def read_checkpoint(path: Path) -> Checkpoint:
+    """Read a demo checkpoint; errors say which file is at fault and how to make it again."""
+    if not path.exists():
+        raise FileNotFoundError(f"{path} is missing. {_how_to_rebuild(path)}")
+    try:
+        with safe_open(path, framework="pt") as file:
+            tensors = {name: file.get_tensor(name).float() for name in file.keys()}
+            return Checkpoint(path, tensors, file.metadata() or {})
+    except SafetensorError as error:
+        raise damaged(path, f"it can't be read as safetensors ({error})") from error
+
+
+def damaged(path: Path, why: str) -> ValueError:
+    return ValueError(f"{path} is damaged: {why}. {_how_to_rebuild(path)}")
+
+
+def _how_to_rebuild(path: Path) -> str:
+    script = path.stem.replace("demo_", "train_") + ".py"
+    return f"Get it back with `git checkout -- data/{path.name}`, or make it again: `python data/{script}`."
