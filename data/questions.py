@@ -25,13 +25,15 @@ WORDS = "tree moon fish rain sand star leaf stone bird rose wind snow".split()
 NUMBERS = "one two three four five six seven eight nine ten".split()
 CAPITALS = dict(
     pair.split("-")
-    for pair in "France-Paris Italy-Rome Spain-Madrid Germany-Berlin Japan-Tokyo Egypt-Cairo Greece-Athens Norway-Oslo "
-    "Cuba-Havana Peru-Lima England-London Russia-Moscow China-Beijing Austria-Vienna Portugal-Lisbon Ireland-Dublin".split()
+    for pair in "France-Paris Italy-Rome Spain-Madrid Germany-Berlin Japan-Tokyo Egypt-Cairo Greece-Athens "
+    "Norway-Oslo Cuba-Havana Peru-Lima England-London Russia-Moscow China-Beijing Austria-Vienna "
+    "Portugal-Lisbon Ireland-Dublin".split()
 )
 _PAIRS = [
     pair.split("-")
-    for pair in "hot-cold big-small up-down day-night wet-dry fast-slow old-new hard-soft light-dark full-empty happy-sad "
-    "tall-short early-late clean-dirty rich-poor loud-quiet strong-weak left-right near-far open-closed".split()
+    for pair in "hot-cold big-small up-down day-night wet-dry fast-slow old-new hard-soft light-dark full-empty "
+    "happy-sad tall-short early-late clean-dirty rich-poor loud-quiet strong-weak left-right "
+    "near-far open-closed".split()
 ]
 OPPOSITES = dict(_PAIRS) | {second: first for first, second in _PAIRS}
 
@@ -70,7 +72,7 @@ def colour_of(rng: random.Random, size: int) -> Story:
     pairs = rng.sample([(owner, thing) for owner in owners for thing in things], size)
     colours = rng.sample(COLOURS, size)
     facts, queries = [], []
-    for number, ((owner, thing), colour) in enumerate(zip(pairs, colours)):
+    for number, ((owner, thing), colour) in enumerate(zip(pairs, colours, strict=True)):
         facts.append(f"{owner} has a {colour} {thing}. ")
         wrong = colours[number - 1] if size > 1 else rng.choice([c for c in COLOURS if c != colour])
         evidence = {number: f"[{owner}] has a [{colour}] [{thing}]. "}
@@ -82,7 +84,7 @@ def owner_of(rng: random.Random, size: int) -> Story:
     owners, colours = rng.sample(NAMES, size), rng.sample(COLOURS, size)
     things = [rng.choice(THINGS[: size + 1] if rng.random() < 0.5 else THINGS) for _ in range(size)]
     facts, queries = [], []
-    for number, (owner, colour, thing) in enumerate(zip(owners, colours, things)):
+    for number, (owner, colour, thing) in enumerate(zip(owners, colours, things, strict=True)):
         facts.append(f"{owner} has a {colour} {thing}. ")
         wrong = owners[number - 1] if size > 1 else rng.choice([name for name in NAMES if name != owner])
         evidence = {number: f"[{owner}] has a [{colour}] [{thing}]. "}
@@ -95,7 +97,7 @@ def place_of(rng: random.Random, size: int) -> Story:
     walkers = people + rng.choices(people, k=size - len(people))  # with two facts or more, somebody may move twice
     rng.shuffle(walkers)
     places = rng.sample(PLACES, size)
-    facts = [f"{walker} went to the {place}. " for walker, place in zip(walkers, places)]
+    facts = [f"{walker} went to the {place}. " for walker, place in zip(walkers, places, strict=True)]
     queries = []
     for person in people:
         last = max(number for number, walker in enumerate(walkers) if walker == person)
@@ -120,7 +122,9 @@ def counting(rng: random.Random, size: int) -> Story:
         count = seen.count(animal)
         wrong = rng.choice([other for other in (count - 1, count + 1) if other > 0])
         queries.append(
-            Query(f"The number of {animal}s is", f" {NUMBERS[count - 1]}", f" {NUMBERS[wrong - 1]}", {0: sentence(animal)})
+            Query(
+                f"The number of {animal}s is", f" {NUMBERS[count - 1]}", f" {NUMBERS[wrong - 1]}", {0: sentence(animal)}
+            )
         )
     return [sentence(None)], queries
 
@@ -157,14 +161,16 @@ def opposite(rng: random.Random, size: int) -> Story:
 
 
 def capital(rng: random.Random, size: int) -> Story:
-    return _looked_up(rng, size, CAPITALS, "{} comes from {}. ", "The capital of {}'s country is", "The capital of [{}] is")
+    return _looked_up(
+        rng, size, CAPITALS, "{} comes from {}. ", "The capital of {}'s country is", "The capital of [{}] is"
+    )
 
 
 def _looked_up(rng: random.Random, size: int, table: dict, fact: str, indirect: str, direct: str) -> Story:
     """Find a person's word in the story, then its partner in a table the model must have learned by heart."""
     people, words = rng.sample(NAMES, size), rng.sample(sorted(table), size)
     facts, queries = [], []
-    for number, (person, word) in enumerate(zip(people, words)):
+    for number, (person, word) in enumerate(zip(people, words, strict=True)):
         facts.append(fact.format(person, word))
         wrong = words[number - 1] if size > 1 else rng.choice([other for other in sorted(table) if other != word])
         evidence = {number: fact.format(f"[{person}]", f"[{word}]")}
@@ -178,8 +184,9 @@ def adding(rng: random.Random, size: int) -> Story:
     people = rng.sample(NAMES, size + 1)
     amounts = [rng.randint(1, 5) for _ in people]
     coins = ["coin" if amount == 1 else "coins" for amount in amounts]
-    facts = [f"{person} has {NUMBERS[amount - 1]} {noun}. " for person, amount, noun in zip(people, amounts, coins)]
-    marked = [f"[{person}] has [{NUMBERS[amount - 1]}] {noun}. " for person, amount, noun in zip(people, amounts, coins)]
+    owned = list(zip(people, amounts, coins, strict=True))
+    facts = [f"{person} has {NUMBERS[amount - 1]} {noun}. " for person, amount, noun in owned]
+    marked = [f"[{person}] has [{NUMBERS[amount - 1]}] {noun}. " for person, amount, noun in owned]
     first, second = sorted(rng.sample(range(len(people)), 2))
     total = amounts[first] + amounts[second]
     wrong = rng.choice([number for number in range(2, 11) if number != total])
@@ -193,7 +200,7 @@ def code(rng: random.Random, size: int) -> Story:
     assigned = variables + rng.choices(variables, k=size - len(variables))
     rng.shuffle(assigned)
     values = rng.sample(range(10), size)
-    facts = [f"{variable} = {value}\n" for variable, value in zip(assigned, values)]
+    facts = [f"{variable} = {value}\n" for variable, value in zip(assigned, values, strict=True)]
     queries = []
     for variable in variables:
         last = max(number for number, other in enumerate(assigned) if other == variable)
@@ -252,7 +259,7 @@ def held_out(question: Question) -> bool:
 
 
 def held_out_questions(count: int, seed: int = 0) -> list[Question]:
-    """`count` different held-out questions, the ten kinds in turn; stories of 2 to 4 facts, 0 to 2 unrelated sentences."""
+    """`count` different held-out questions, the ten kinds in turn; stories of 2 to 4 facts, up to 2 unrelated ones."""
     rng = random.Random(seed)
     kinds, found = list(KINDS), {}
     while len(found) < count:

@@ -1,7 +1,7 @@
 """Train the demo Llama: a small LlamaForCausalLM with Llama 3's features that answers the questions of questions.py.
 
-    python data/train_llama.py                # train (resumes where it stopped), evaluate, write data/demo_llama/
-    python data/train_llama.py --evaluate     # only measure the model that lies in data/demo_llama/
+python data/train_llama.py                # train (or go on where it stopped), write data/demo_llama.safetensors
+python data/train_llama.py --evaluate     # only measure the model that lies there
 """
 
 from __future__ import annotations
@@ -18,12 +18,15 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from questions import KINDS, Question, held_out, held_out_questions, make_questions
+from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from tqdm import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from libragrad_minimal.models import load_demo
+
 HERE = Path(__file__).resolve().parent
-MODEL_FOLDER = HERE / "demo_llama"
+MODEL_FILE = HERE / "demo_llama.safetensors"
 CHECKPOINT = HERE / ".cache" / "train_llama.pt"
 QUESTIONS_FILE = HERE / "evidence_questions.json"
 
@@ -34,6 +37,7 @@ CHAT_TEMPLATE = (
     "{{ '<|start_header_id|>' + message['role'] + '<|end_header_id|>\n\n' + message['content'] + '<|eot_id|>' }}"
     "{% endfor %}{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}"
 )
+TIED = "lm_head.weight"  # the same tensor as the embedding
 CHAT_KINDS = ("colour", "owner", "place")
 Segment = tuple[str, bool]  # a piece of a training text, and whether it is an answer
 
@@ -63,7 +67,7 @@ def chat_text(question: Question) -> list[Segment]:
 
 
 def make_tokenizer(seed: int) -> PreTrainedTokenizerFast:
-    """Byte-level BPE like Llama 3's (any text can be written, spaces belong to the next word); our words are one token each."""
+    """Byte-level BPE like Llama 3's (any text can be written, spaces belong to the next word); our words are whole."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -152,7 +156,9 @@ def batches(tokenizer: PreTrainedTokenizerFast, rng: random.Random, batch_size: 
             )
 
 
-def train(steps: int, batch_size: int, learning_rate: float, seed: int) -> tuple[LlamaForCausalLM, PreTrainedTokenizerFast]:
+def train(
+    steps: int, batch_size: int, learning_rate: float, seed: int
+) -> tuple[LlamaForCausalLM, PreTrainedTokenizerFast]:
     torch.manual_seed(seed)
     tokenizer = make_tokenizer(seed)
     model = make_model(tokenizer)
@@ -167,7 +173,8 @@ def train(steps: int, batch_size: int, learning_rate: float, seed: int) -> tuple
         optimizer.load_state_dict(saved["optimizer"])
         schedule.load_state_dict(saved["schedule"])
         done, seconds = saved["done"], saved["seconds"]
-    print(f"{sum(p.numel() for p in model.parameters()):,} parameters, {len(tokenizer)} tokens, starting at step {done}")
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    print(f"{parameters:,} parameters, {len(tokenizer)} tokens, starting at step {done}")
 
     data = batches(tokenizer, random.Random(seed + 1000 + done), batch_size)
     progress = tqdm(range(done, steps), initial=done, total=steps, desc="training", mininterval=5)
@@ -189,9 +196,10 @@ def train(steps: int, batch_size: int, learning_rate: float, seed: int) -> tuple
             progress.set_postfix(loss=f"{each[answers].mean():.3f}", right=f"{right:.3f}")
         if (step + 1) % 500 == 0 or step + 1 == steps:
             CHECKPOINT.parent.mkdir(exist_ok=True)
-            state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "schedule": schedule.state_dict()}
-            settings = {"settings": [steps, batch_size, learning_rate, seed], "done": step + 1}
-            torch.save({**state, **settings, "seconds": seconds + time.time() - started}, CHECKPOINT)
+            parts = {"model": model, "optimizer": optimizer, "schedule": schedule}
+            state = {name: part.state_dict() for name, part in parts.items()}
+            state |= {"settings": [steps, batch_size, learning_rate, seed], "done": step + 1}
+            torch.save({**state, "seconds": seconds + time.time() - started}, CHECKPOINT)
             tqdm.write(f"step {step + 1}: {format_accuracy(accuracy(model, tokenizer, held_out_questions(300)))}")
             model.train()
     print(f"trained for {(seconds + time.time() - started) / 60:.0f} minutes")
@@ -199,15 +207,18 @@ def train(steps: int, batch_size: int, learning_rate: float, seed: int) -> tuple
 
 
 @torch.no_grad()
-def accuracy(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, questions: list[Question]) -> dict[str, float]:
+def accuracy(
+    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, questions: list[Question]
+) -> dict[str, float]:
     """Share of questions whose most likely next token is the answer, by kind and over all."""
     model.eval()
     right = defaultdict(list)
     for start in range(0, len(questions), 50):
         group = questions[start : start + 50]
-        batch = tokenizer([question.prompt for question in group], return_tensors="pt", padding=True, padding_side="left")
+        prompts = [question.prompt for question in group]
+        batch = tokenizer(prompts, return_tensors="pt", padding=True, padding_side="left")
         best = model(**batch, logits_to_keep=1).logits[:, -1].argmax(-1).tolist()
-        for question, token in zip(group, tokenizer.convert_ids_to_tokens(best)):
+        for question, token in zip(group, tokenizer.convert_ids_to_tokens(best), strict=True):
             right[question.kind].append(tokenizer.convert_tokens_to_string([token]) == question.answer)
     shares = {kind: sum(hits) / len(hits) for kind, hits in sorted(right.items())}
     return {"all": sum(map(sum, right.values())) / len(questions), **shares}
@@ -218,29 +229,39 @@ def format_accuracy(shares: dict[str, float]) -> str:
 
 
 def save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast) -> None:
-    """Write the model in half precision, in transformers' own format, and 500 held-out questions with their evidence."""
-    model.half().save_pretrained(MODEL_FOLDER)
-    tokenizer.save_pretrained(MODEL_FOLDER)
-    lines = ",\n".join(json.dumps({**asdict(question), "prompt": question.prompt}) for question in held_out_questions(500))
-    QUESTIONS_FILE.write_text(f"[\n{lines}\n]\n")
+    """Write the model in half precision, with config and tokenizer in the header, and held-out questions as JSON."""
+    tensors = {name: tensor.half().contiguous() for name, tensor in model.state_dict().items() if name != TIED}
+    header = {
+        "config": model.config.to_json_string(use_diff=False),
+        "tokenizer": tokenizer.backend_tokenizer.to_str(),
+        "tokenizer_settings": json.dumps({**tokenizer.special_tokens_map, "chat_template": tokenizer.chat_template}),
+    }
+    save_file(tensors, MODEL_FILE, header)
+    questions = [{"prompt": question.prompt, **asdict(question)} for question in held_out_questions(500)]
+    QUESTIONS_FILE.write_text("[\n" + ",\n".join(map(json.dumps, questions)) + "\n]\n")
 
 
 def evaluate(count: int) -> None:
-    model = LlamaForCausalLM.from_pretrained(MODEL_FOLDER, dtype=torch.float32)
-    tokenizer = PreTrainedTokenizerFast.from_pretrained(MODEL_FOLDER)
-    shares = accuracy(model, tokenizer, held_out_questions(count, seed=1))
+    demo = load_demo("llama")
+    shares = accuracy(demo.model, demo.tokenizer, held_out_questions(count, seed=1))
     error = math.sqrt(shares["all"] * (1 - shares["all"]) / count)
-    print(f"held-out questions ({count}; ± {100 * error:.1f} %): {format_accuracy(shares)}")
+    print(f"{count} held-out questions, standard error {100 * error:.1f} %: {format_accuracy(shares)}")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=10_000, help="optimizer steps (default: %(default)s)")
     parser.add_argument("--batch-size", type=int, default=64, help="texts in a step (default: %(default)s)")
-    parser.add_argument("--learning-rate", type=float, default=2e-3, help="peak of the one-cycle schedule (default: %(default)s)")
+    parser.add_argument(
+        "--learning-rate", type=float, default=2e-3, help="peak of the one-cycle schedule (default: %(default)s)"
+    )
     parser.add_argument("--seed", type=int, default=0, help="of the weights and the texts (default: %(default)s)")
-    parser.add_argument("--evaluate", action="store_true", help="measure the model in data/demo_llama/ and stop")
-    parser.add_argument("--questions", type=int, default=2000, help="held-out questions to measure on (default: %(default)s)")
+    parser.add_argument(
+        "--evaluate", action="store_true", help="measure the model in data/demo_llama.safetensors and stop"
+    )
+    parser.add_argument(
+        "--questions", type=int, default=2000, help="held-out questions to measure on (default: %(default)s)"
+    )
     options = parser.parse_args()
     if not options.evaluate:
         save(*train(options.steps, options.batch_size, options.learning_rate, options.seed))
