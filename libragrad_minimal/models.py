@@ -5,6 +5,7 @@ Both return a `LoadedModel`, so a notebook written for one runs on the other.
 """
 
 import json
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +16,8 @@ from PIL import Image
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-DATA = Path(__file__).resolve().parents[1] / "data"
+PACKAGE = Path(__file__).resolve().parent
+DATA = PACKAGE / "data" if (PACKAGE / "data").is_dir() else PACKAGE.parent / "data"  # in a wheel; in a clone
 
 
 @dataclass
@@ -42,7 +44,9 @@ def load_demo(kind: str) -> LoadedModel:
 
 
 def load_pretrained(kind: str, name: str) -> LoadedModel:
-    """The public model `name`: a timm name for "vit". Downloaded once, then taken from the Hugging Face cache.
+    """The public model `name`: a timm name for "vit", a hub's name or a folder for "llama".
+
+    Downloaded once, then taken from the Hugging Face cache.
 
     Raises ValueError for an unknown kind, and whatever the hub's library raises for an unknown name.
     """
@@ -93,10 +97,101 @@ def _demo_transform(picture: Image.Image) -> Tensor:
     return torch.tensor(list(square.getdata()), dtype=torch.float32).view(64, 64, 3).permute(2, 0, 1) / 127.5 - 1
 
 
+# ---- Llama and its relatives (transformers) ----
+
+UNGATED_LLAMA = "unsloth/Llama-3.2-1B"
+
+
+def _demo_llama(checkpoint: "Checkpoint") -> LoadedModel:
+    from tokenizers import Tokenizer
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    model = LlamaForCausalLM(LlamaConfig(**checkpoint.read("config")))
+    checkpoint.tensors["lm_head.weight"] = checkpoint.tensors.get("model.embed_tokens.weight")  # tied, so stored once
+    backend = Tokenizer.from_str(json.dumps(checkpoint.read("tokenizer")))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, **checkpoint.read("tokenizer_settings"))
+    return _describe_llama("demo llama", checkpoint.fill(model), tokenizer)
+
+
+def _pretrained_llama(name: str) -> LoadedModel:
+    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
+
+    try:
+        return _download_llama(name)
+    except OSError as error:
+        refusal = _cause(error, HfHubHTTPError)
+        misspelled = isinstance(refusal, RepositoryNotFoundError) and not isinstance(refusal, GatedRepoError)
+        if refusal is not None and refusal.response.status_code in (401, 403) and not misspelled:
+            if name == UNGATED_LLAMA:
+                raise
+            status = refusal.response.status_code
+            warnings.warn(
+                f"{name} is gated and the hub answered {status}; loading {UNGATED_LLAMA} instead. "
+                f"To use {name}, accept its licence at https://huggingface.co/{name} and log in: `hf auth login`, "
+                "or in Colab a secret HF_TOKEN.",
+                stacklevel=3,
+            )
+            return _download_llama(UNGATED_LLAMA)
+        if _cause(error, LocalEntryNotFoundError) is not None:
+            raise OSError(
+                f"{name} is not on this machine and the hub can't be reached. Connect to the internet (and unset "
+                'HF_HUB_OFFLINE), give the path of a folder that holds a model, or use load_demo("llama").'
+            ) from error
+        raise
+
+
+def _download_llama(name: str) -> LoadedModel:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    device, dtype = _device_and_dtype()
+    safe = {"trust_remote_code": False}  # said aloud, or transformers asks the user
+    tokenizer = AutoTokenizer.from_pretrained(name, **safe)
+    model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, use_safetensors=True, **safe).to(device)
+    return _describe_llama(name, model, tokenizer)
+
+
+def _describe_llama(name: str, model: nn.Module, tokenizer: Any) -> LoadedModel:
+    blocks = getattr(getattr(model, "model", None), "layers", None)
+    if blocks is None:
+        raise ValueError(f"{name} has no model.layers, as Llama and its relatives have; pick one of those")
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token  # only ever behind an attention mask
+    # gradients are wanted for tokens, not for weights: frozen weights save the activations those would need
+    return LoadedModel("llama", name, model.eval().requires_grad_(False), list(blocks), tokenizer=tokenizer)
+
+
+def _device_and_dtype() -> tuple[str, torch.dtype]:
+    """fp32 on a CPU; on a GPU bf16 where the hardware has it (a T4 only emulates it), else fp16."""
+    if not torch.cuda.is_available():
+        return "cpu", torch.float32
+    return "cuda", torch.bfloat16 if torch.cuda.get_device_capability() >= (8, 0) else torch.float16
+
+
+def _cause(error: BaseException, kind: type) -> Any:
+    """The error of this kind among those that led to `error`, or None."""
+    while error is not None and not isinstance(error, kind):
+        error = error.__cause__ or error.__context__
+    return error
+
+
+def token_texts(tokenizer: Any, ids: list[int] | Tensor) -> list[str]:
+    """Every token as it stands in the text, with its leading space: [" Ben", "'s", " kite"].
+
+    A token that is only part of a character (byte-level tokenizers cut some in two) shows as a replacement character.
+    """
+    tokens = tokenizer.convert_ids_to_tokens(torch.as_tensor(ids).tolist())
+    # SentencePiece marks a leading space with U+2581 and drops it when a token is decoded alone
+    texts = [tokenizer.convert_tokens_to_string([token]) for token in tokens]
+    return [
+        " " + text.lstrip(" ") if token.startswith("\u2581") else text
+        for token, text in zip(tokens, texts, strict=True)
+    ]
+
+
 # ---- which function loads what ----
 
-DEMOS = {"vit": _demo_vit}
-PRETRAINED = {"vit": _pretrained_vit}
+DEMOS = {"vit": _demo_vit, "llama": _demo_llama}
+PRETRAINED = {"vit": _pretrained_vit, "llama": _pretrained_llama}
 
 
 def _loader(loaders: dict[str, Callable], kind: str) -> Callable:
