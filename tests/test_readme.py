@@ -53,9 +53,7 @@ def declared(requirements: list[str]) -> set[str]:
 
 def undeclared(source: str, requirements: list[str]) -> set[str]:
     """What a piece of Python imports without the requirements (or the repository) providing it."""
-    ours = {path.stem for folder in ("tests", "data") for path in ROOT.glob(f"{folder}/**/*.py")} | {
-        "libragrad_minimal"
-    }
+    ours = {"libragrad_minimal", "benchmarks"} | {path.stem for path in ROOT.glob("[dt]*/*.py")}  # data/ and tests/
     used = {canonical(DISTRIBUTION_OF.get(name, name)) for name in imports(source) - ours}
     return used - declared(requirements)
 
