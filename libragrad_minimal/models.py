@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from PIL import Image
 from safetensors import SafetensorError, safe_open
@@ -71,7 +72,9 @@ def _pretrained_vit(name: str) -> LoadedModel:
     info = ImageNetInfo()
     is_imagenet = model.num_classes == info.num_classes()
     class_names = [info.index_to_description(i) for i in range(model.num_classes)] if is_imagenet else None
-    return _describe_vit(name, model, create_transform(**resolve_model_data_config(model)), class_names)
+    # Many models were evaluated on a middle cut; here a square picture is seen whole, so that maps lie over all of it.
+    transform = create_transform(**{**resolve_model_data_config(model), "crop_pct": 1.0})
+    return _describe_vit(name, model, transform, class_names)
 
 
 def _describe_vit(name: str, model: nn.Module, transform: Callable, class_names: list[str] | None) -> LoadedModel:
@@ -90,11 +93,11 @@ def _describe_vit(name: str, model: nn.Module, transform: Callable, class_names:
 
 
 def _demo_transform(picture: Image.Image) -> Tensor:
-    """Any picture -> (3, 64, 64) in [-1, 1], as the demo models were trained: cut square at the middle, then resized."""
+    """Any picture -> (3, 64, 64) in [-1, 1], as in training: cut square at the middle, then resized."""
     side = min(picture.size)
     left, top = (picture.width - side) // 2, (picture.height - side) // 2
     square = picture.convert("RGB").resize((64, 64), Image.Resampling.BICUBIC, (left, top, left + side, top + side))
-    return torch.tensor(list(square.getdata()), dtype=torch.float32).view(64, 64, 3).permute(2, 0, 1) / 127.5 - 1
+    return torch.from_numpy(np.array(square)).permute(2, 0, 1) / 127.5 - 1
 
 
 # ---- Llama and its relatives (transformers) ----
