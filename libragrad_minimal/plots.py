@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 from html import escape
 
 import matplotlib.pyplot as plt
+import numpy as np
+from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 from matplotlib.font_manager import FontProperties, findfont, get_font
 
@@ -116,5 +118,86 @@ def _strips_figure(strips: Sequence[Strip], width: float) -> Figure:
         if opacity < -0.1 and not muted:
             axes.plot([x, x + len(text)], [y + 0.78] * 2, color="0.2", linestyle=":", linewidth=1)
         axes.text(x, y + 0.4, text, color="0.6" if muted else "black", **look)
+    plt.close(figure)
+    return figure
+
+
+# --- heatmaps and curves ----------------------------------------------------------------------------------------------
+
+FOR_AND_AGAINST = LinearSegmentedColormap.from_list(
+    "for_and_against", [tuple(channel / 255 for channel in colour) for colour in (NEGATIVE, (255, 255, 255), POSITIVE)]
+)
+LINE_STYLES = ("-", "--", ":", "-.")  # so that curves can be told apart without colours
+
+
+def heatmaps(
+    pictures: Sequence, columns: dict[str, Sequence], row_titles: Sequence[str] = (), size: float = 1.6
+) -> Figure:
+    """One row per picture: the picture, then one score map per column over the greyed picture; `size` inches each.
+
+    pictures: PIL images or arrays (H, W, 3); columns: title -> score maps (n, h, w), as many as pictures.
+    Orange speaks for the output and blue against it; every map is scaled by its own largest |score|.
+    """
+    for title, maps in columns.items():
+        if len(maps) != len(pictures):
+            raise ValueError(f"column {title!r} has {len(maps)} maps for {len(pictures)} pictures: each needs its own")
+    shape = (len(pictures), 1 + len(columns))
+    figure, grid = plt.subplots(*shape, figsize=(size * shape[1], size * shape[0] + 0.3), squeeze=False)
+    for row, picture in enumerate(pictures):
+        grid[row, 0].imshow(picture)
+        grid[row, 0].set_ylabel(row_titles[row] if row < len(row_titles) else "")
+        for axes, maps in zip(grid[row, 1:], columns.values(), strict=True):
+            _show_map(axes, np.asarray(picture), np.asarray(maps[row], dtype=float))
+    for axes, title in zip(grid[0], ["picture", *columns], strict=True):
+        axes.set_title(title, fontsize=10)
+    for axes in grid.flat:
+        axes.set(xticks=[], yticks=[])
+    figure.tight_layout(pad=0.4)
+    plt.close(figure)
+    return figure
+
+
+def _show_map(axes: plt.Axes, picture: np.ndarray, scores: np.ndarray) -> None:
+    height, width = picture.shape[:2]
+    strength = scores / (np.abs(scores).max() or 1)
+    axes.imshow(picture.mean(axis=2), cmap="gray", vmin=-255, vmax=255)  # the brighter half of grey, as a background
+    axes.imshow(
+        strength,
+        cmap=FOR_AND_AGAINST,
+        vmin=-1,
+        vmax=1,
+        alpha=np.abs(strength) ** 0.7,
+        extent=(-0.5, width - 0.5, height - 0.5, -0.5),
+        interpolation="bicubic",
+    )
+
+
+def curves(
+    lines: dict[str, Sequence[float] | np.ndarray],
+    x_label: str,
+    y_label: str,
+    x: Sequence[float] | None = None,
+    reference: float | None = None,
+    size: tuple[float, float] = (6, 3),
+) -> Figure:
+    """Named lines over a shared x axis (default 0, 1, 2, ...), with an optional thin horizontal reference.
+
+    lines: name -> values (n,), or (samples, n): then the mean is drawn, with its standard error as a band.
+    """
+    figure, axes = plt.subplots(figsize=size)
+    for i, (name, values) in enumerate(lines.items()):
+        samples = np.atleast_2d(np.asarray(values, dtype=float))
+        middle = samples.mean(axis=0)
+        places = np.arange(len(middle)) if x is None else np.asarray(x)
+        (line,) = axes.plot(places, middle, label=name, linestyle=LINE_STYLES[i % len(LINE_STYLES)])
+        if len(samples) > 1:
+            error = samples.std(axis=0, ddof=1) / len(samples) ** 0.5
+            axes.fill_between(places, middle - error, middle + error, color=line.get_color(), alpha=0.2, linewidth=0)
+    if reference is not None:
+        axes.axhline(reference, color="0.6", linewidth=0.8, zorder=0)
+    axes.set(xlabel=x_label, ylabel=y_label)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False)
+    figure.tight_layout()
     plt.close(figure)
     return figure
