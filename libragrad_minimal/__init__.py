@@ -1,0 +1,22 @@
+"""LibraGrad for untouched models: balance the autograd graph, not the model (Mehri et al., CVPR 2025)."""
+
+from .backward import Audit, UnsupportedOperation, additive_constants, audit, balanced, libra_grad
+from .residual import record_residuals
+from .rules import ALI_LRP, ATTN_LRP, DECOMPX, LIBRA, PLAIN, Rules, register_rule
+
+__all__ = [
+    "ALI_LRP",
+    "ATTN_LRP",
+    "DECOMPX",
+    "LIBRA",
+    "PLAIN",
+    "Audit",
+    "Rules",
+    "UnsupportedOperation",
+    "additive_constants",
+    "audit",
+    "balanced",
+    "libra_grad",
+    "record_residuals",
+    "register_rule",
+]
