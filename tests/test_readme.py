@@ -6,9 +6,11 @@ import sys
 
 import nbformat
 import pytest
+import torch
 import yaml
 from packaging.requirements import Requirement
 from test_notebooks import NOTEBOOKS, PROJECT, REPOSITORY, ROOT, colab_address, colab_badges, missing_files
+from transformers import LlamaConfig, LlamaForCausalLM
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 DISTRIBUTION_OF = {
@@ -131,3 +133,15 @@ def test_every_import_is_declared(folder):
 def test_an_undeclared_import_is_found_out():
     source = "import os\nimport torch.nn\nfrom captum import attr\nimport PIL"
     assert undeclared(source, PROJECT["dependencies"]) == {"captum"}
+
+
+def test_readme_example_runs_and_its_scores_sum_to_the_logit():
+    (example,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    config = LlamaConfig(
+        vocab_size=50, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4
+    )
+    names = {"model": LlamaForCausalLM(config).double().eval(), "token": 7}
+    names["embeddings"] = torch.randn(1, 5, 32, dtype=torch.float64)
+    exec(example, names)
+    assert names["scores"].shape == (1, 5)
+    torch.testing.assert_close(names["scores"].sum(), names["logit"], rtol=1e-9, atol=0)  # a Llama has no biases
