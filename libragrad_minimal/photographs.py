@@ -32,7 +32,7 @@ def photograph(name: str) -> Image.Image:
 
 
 def draw_collage(seed: int, names: Sequence[str] | None = None, size: int = 224) -> Collage:
-    """Two different photographs side by side, each cut a little differently and perhaps mirrored, as the seed decides."""
+    """Two photographs side by side (or those of `names`), each cut a little differently and perhaps mirrored."""
     rng = np.random.default_rng(seed)
     names = tuple(names or rng.permutation(PHOTOGRAPHS)[:2].tolist())
     edges = np.linspace(0, size, len(names) + 1).astype(int)

@@ -8,9 +8,9 @@ from html import escape
 
 import matplotlib.pyplot as plt
 import numpy as np
-from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 from matplotlib.font_manager import FontProperties, findfont, get_font
+from PIL import Image
 
 # --- token strips -----------------------------------------------------------------------------------------------------
 
@@ -124,9 +124,6 @@ def _strips_figure(strips: Sequence[Strip], width: float) -> Figure:
 
 # --- heatmaps and curves ----------------------------------------------------------------------------------------------
 
-FOR_AND_AGAINST = LinearSegmentedColormap.from_list(
-    "for_and_against", [tuple(channel / 255 for channel in colour) for colour in (NEGATIVE, (255, 255, 255), POSITIVE)]
-)
 LINE_STYLES = ("-", "--", ":", "-.")  # so that curves can be told apart without colours
 
 
@@ -159,17 +156,12 @@ def heatmaps(
 
 def _show_map(axes: plt.Axes, picture: np.ndarray, scores: np.ndarray) -> None:
     height, width = picture.shape[:2]
-    strength = scores / (np.abs(scores).max() or 1)
-    axes.imshow(picture.mean(axis=2), cmap="gray", vmin=-255, vmax=255)  # the brighter half of grey, as a background
-    axes.imshow(
-        strength,
-        cmap=FOR_AND_AGAINST,
-        vmin=-1,
-        vmax=1,
-        alpha=np.abs(strength) ** 0.7,
-        extent=(-0.5, width - 0.5, height - 0.5, -0.5),
-        interpolation="bicubic",
-    )
+    smooth = Image.fromarray(scores.astype(np.float32)).resize((width, height), Image.Resampling.BICUBIC)
+    strength = np.asarray(smooth)[..., None]
+    opacity = np.abs(strength / (np.abs(strength).max() or 1))
+    background = 150 + 0.4 * picture.mean(axis=2, keepdims=True)
+    blended = background * (1 - opacity) + np.where(strength > 0, POSITIVE, NEGATIVE) * opacity
+    axes.imshow(blended.astype(np.uint8))
 
 
 def curves(
