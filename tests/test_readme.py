@@ -144,4 +144,5 @@ def test_readme_example_runs_and_its_scores_sum_to_the_logit():
     names["embeddings"] = torch.randn(1, 5, 32, dtype=torch.float64)
     exec(example, names)
     assert names["scores"].shape == (1, 5)
-    torch.testing.assert_close(names["scores"].sum(), names["logit"], rtol=1e-9, atol=0)  # a Llama has no biases
+    # A Llama has no biases. Its norms compute in float32, whatever the model's own precision.
+    torch.testing.assert_close(names["scores"].sum(), names["logit"], rtol=1e-6, atol=0)
