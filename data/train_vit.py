@@ -118,7 +118,7 @@ def evaluate(count: int) -> None:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "--steps", type=int, default=9000, help=f"steps of {BATCH} scenes in all (default: %(default)s)"
+        "--steps", type=int, default=6000, help=f"steps of {BATCH} scenes in all (default: %(default)s)"
     )
     parser.add_argument("--seed", type=int, default=0, help="of the weights and of the scenes (default: %(default)s)")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="CPU threads (default: all)")

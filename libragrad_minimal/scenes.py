@@ -1,7 +1,7 @@
 """GlyphScenes: small pictures with one to three objects whose pixels are known exactly.
 
-The objects are glyphs of DejaVu Sans, the font that every matplotlib ships, so nothing is downloaded. Everything follows
-from the seed. Seeds below `TRAINING_SEED` belong to evaluation; the demo models never saw those scenes.
+The objects are glyphs of DejaVu Sans, the font that every matplotlib ships, so nothing is downloaded. Everything
+follows from the seed. Seeds below `TRAINING_SEED` belong to evaluation; the demo models never saw those scenes.
 """
 
 from collections.abc import Sequence
@@ -100,7 +100,8 @@ def draw_scene(
 
 def caption(scene: Scene) -> str:
     """The scene in words: "a red heart", "a red heart and a blue cat", "a red heart, a blue cat and a white star"."""
-    names = [f"a {tuple(COLOURS)[colour]} {CLASSES[kind]}" for kind, colour in zip(scene.classes, scene.colours)]
+    pairs = zip(scene.classes, scene.colours, strict=True)
+    names = [f"a {tuple(COLOURS)[colour]} {CLASSES[kind]}" for kind, colour in pairs]
     return " and ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)
 
 
@@ -159,7 +160,7 @@ def _turned_glyph(name: str, angle: int) -> tuple[Image.Image, Image.Image]:
 
 @cache
 def _upright_glyph(name: str, side: int = 256) -> tuple[Image.Image, Image.Image]:
-    """A large glyph's ink, and its silhouette: the ink with its holes filled. Specks (the snowman's snow) are left out."""
+    """A large glyph's ink, and its silhouette (holes filled); specks like the snow around the snowman are left out."""
     font_file = Path(matplotlib.get_data_path(), "fonts", "ttf", "DejaVuSans.ttf")
     canvas = Image.new("L", (side, side))
     middle, font = (side // 2, side // 2), ImageFont.truetype(str(font_file), side // 2)
