@@ -131,7 +131,7 @@ def input_times_gradient(run: Recording, layer: int) -> Tensor:
 def constant_attributions(run: Recording) -> Iterable[tuple[int, Tensor | float, Tensor]]:
     """For each constant: its layer, its attribution per token (B, N), and in total (B,).
 
-    What can't be placed on a token (a head's bias, one inside an attention window) has 0 per token, and counts in total.
+    What can't be placed on a token (a head's bias, one inside a window) has 0 per token, and counts in total.
     """
     samples = len(run.output)
     for constant, gradient in zip(run.constants, run.gradients.constants, strict=True):
@@ -169,8 +169,8 @@ def fullgrad(run: Recording, layer: int = 0) -> Scores:
 def fullgrad_plus(run: Recording) -> Scores:
     """FullGrad+ (Mehri et al. 2025): input x gradient of every block plus all constants.
 
-    For pictures the completeness error is that of the FullGrad it extends. For text the mean over blocks of each block's
-    FullGrad is returned, so that the scores themselves add up to the logit.
+    For pictures the completeness error is that of the FullGrad it extends. For text it is the mean over blocks of each
+    block's FullGrad, so that the scores themselves, with what can't be placed, add up to the logit.
     """
     layers = range(len(run.tokens) - 1)
     if run.is_text:

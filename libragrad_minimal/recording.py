@@ -1,7 +1,7 @@
 """What one forward pass of an untouched model leaves behind for attribution methods to read.
 
-Three public hooks of PyTorch suffice: forward hooks on the blocks catch the tokens between them, a `TorchFunctionMode` notes every
-constant that is added to the stream, and the autograd graph between two blocks holds the attention map.
+Three public means of PyTorch suffice: forward hooks on the blocks catch the tokens between them, a `TorchFunctionMode`
+notes every constant that is added to the stream, and the autograd graph between two blocks holds the attention map.
 """
 
 from __future__ import annotations
@@ -64,7 +64,10 @@ def find_blocks(model: nn.Module) -> list[nn.Module]:
 
 
 class Constant(NamedTuple):
-    """A bias-like constant: `value`, shaped to broadcast, was added to the result of `node` in block `layer`."""
+    """A bias-like constant: `value`, shaped to broadcast, was added to the result of `node`.
+
+    layer: the number of the block that was running, or had run last; L after the last block.
+    """
 
     value: Tensor
     node: Node
@@ -321,7 +324,7 @@ def record(
 
     def note_constant(value, result, *how, **kind):
         if tokens and result.grad_fn is not None:
-            constants.append(Constant(value.detach(), result.grad_fn, len(after_attention) - 1, *how, **kind))
+            constants.append(Constant(value.detach(), result.grad_fn, len(tokens) - 1, *how, **kind))
 
     def note_addition(a, b, result):
         if after_attention and after_attention[-1] is None and (a is entered[-1] or b is entered[-1]):

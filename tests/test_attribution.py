@@ -1,0 +1,511 @@
+"""Every attribution method against something independent: Captum, NumPy, hand-written forward passes, autograd."""
+
+from dataclasses import replace
+from functools import partial
+
+import captum.attr
+import numpy as np
+import open_clip
+import pytest
+import timm
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+
+from libragrad_minimal.attribution import METHODS, attribute
+from libragrad_minimal.recording import record
+from libragrad_minimal.rules import ALI_LRP, ATTN_LRP, DECOMPX, LIBRA, PLAIN
+
+RESIDUAL = replace(LIBRA, residual=True)
+FEW_STEPS = {name: {"steps": 3} for name in METHODS if name.startswith("IG")}
+
+
+def perturbed(model: nn.Module) -> nn.Module:
+    """Norms and biases that aren't the neutral ones of a fresh model."""
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    return model.eval()
+
+
+def tiny_vit(**changes) -> nn.Module:
+    config = dict(img_size=32, patch_size=8, embed_dim=24, num_heads=2, depth=3, num_classes=5) | changes
+    return perturbed(timm.models.VisionTransformer(**config))
+
+
+def tiny_llama() -> nn.Module:
+    config = LlamaConfig(
+        vocab_size=30,
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+    )
+    return perturbed(LlamaForCausalLM(config))
+
+
+def tiny_gpt2() -> nn.Module:
+    config = GPT2Config(vocab_size=30, n_embd=16, n_layer=2, n_head=2, n_positions=8, bos_token_id=0, eos_token_id=0)
+    return perturbed(GPT2LMHeadModel(config))
+
+
+def tiny_clip() -> nn.Module:
+    vision = dict(image_size=32, patch_size=8, width=32, layers=2, head_width=16)
+    text = dict(context_length=8, vocab_size=30, width=32, heads=2, layers=1)
+    return perturbed(open_clip.model.CLIP(embed_dim=16, vision_cfg=vision, text_cfg=text))
+
+
+def tiny_swin() -> nn.Module:
+    config = dict(img_size=64, window_size=4, embed_dim=16, depths=(1, 1, 2), num_heads=(1, 2, 2), num_classes=5)
+    return perturbed(timm.models.SwinTransformer(**config))
+
+
+def tiny_mixer() -> nn.Module:
+    return perturbed(timm.models.MlpMixer(num_classes=5, img_size=32, patch_size=8, embed_dim=24, num_blocks=2))
+
+
+def tiny_siglip() -> nn.Module:
+    return tiny_vit(class_token=False, global_pool="map")
+
+
+PICTURES = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+IDS = torch.tensor([[1, 5, 9, 2, 8, 4], [3, 3, 7, 20, 29, 0]])
+MODELS = {
+    "vit": (tiny_vit, PICTURES, 3, (4, 4)),
+    "registers": (partial(tiny_vit, reg_tokens=4), PICTURES, torch.tensor([0, 4]), (4, 4)),
+    "siglip": (tiny_siglip, PICTURES, 3, (4, 4)),
+    "mean pooling": (partial(tiny_vit, class_token=False, global_pool="avg"), PICTURES, 3, (4, 4)),
+    "clip": (tiny_clip, PICTURES, F.normalize(torch.arange(16.0), dim=0), (4, 4)),
+    "swin": (tiny_swin, PICTURES.repeat(1, 1, 2, 2), 3, (16, 16)),
+    "mixer": (tiny_mixer, PICTURES, 3, (4, 4)),
+    "llama": (tiny_llama, IDS, 7, None),
+    "gpt2": (tiny_gpt2, IDS, 7, None),
+}
+WITHOUT_MAPS = {"swin": "windows", "mixer": "no attention maps"}
+NEEDS_MAPS = {"AttCAT", "GenAtt", "TokenTM", "RawAtt", "Attention Rollout", "Gradient Attention Rollout", "LeGrad"}
+NEEDS_MAPS |= {f"IG {name}" for name in NEEDS_MAPS} & METHODS.keys()
+
+
+# ---- every method on every kind of model -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", MODELS)
+@pytest.mark.parametrize("method", METHODS)
+def test_batches_equal_single_calls(kind, method):
+    build, inputs, target, grid = MODELS[kind]
+    model, options = build(), FEW_STEPS.get(method, {})
+    if method in NEEDS_MAPS and kind in WITHOUT_MAPS:
+        with pytest.raises(ValueError, match=WITHOUT_MAPS[kind]):
+            attribute(model, inputs, target, method, **options)
+        return
+    both = attribute(model, inputs, target, method, **options)
+    assert both.grid == grid
+    assert both.scores.shape == (2, np.prod(grid) if grid else inputs.shape[1])
+    assert both.scores.isfinite().all() and both.scores.abs().max() > 0
+    for i in range(2):
+        own_target = target[i : i + 1] if isinstance(target, torch.Tensor) and len(target) == 2 else target
+        alone = attribute(model, inputs[i : i + 1], own_target, method, **options)
+        scale = alone.scores.abs().max()
+        torch.testing.assert_close(both.scores[i] / scale, alone.scores[0] / scale, rtol=0, atol=1e-5)
+        torch.testing.assert_close(both.output[i], alone.output[0], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("rules", [LIBRA, RESIDUAL], ids=["libra", "residual-aware"])
+@pytest.mark.parametrize("kind", MODELS)
+def test_fullgrad_is_complete_at_every_layer(kind, rules):
+    build, inputs, target, _ = MODELS[kind]
+    model = build()
+    for layer in (0, 1, -1):
+        result = attribute(model, inputs, target, "FullGrad", rules, layer=layer)
+        assert (result.completeness_error < 1e-5 * (1 + result.output.abs())).all()
+    plain = attribute(model, inputs, target, "FullGrad", PLAIN)
+    assert (plain.completeness_error > 1e-3).all(), "a check that can't fail is no check"
+
+
+def test_plain_fullgrad_total_equals_autograd_on_all_biases():
+    """The sum over constants caught in the forward pass is <b, df/db> over all biases, as autograd has it."""
+    model = tiny_vit()
+    h0 = model._pos_embed(model.patch_embed(PICTURES[:1])).detach().requires_grad_()
+    output = model.forward_head(model.norm(model.blocks(h0)))[0, 3]
+    biases = [p for name, p in model.named_parameters() if name.endswith("bias") and "patch_embed" not in name]
+    gradients = torch.autograd.grad(output, [h0, *biases])
+    total = sum((x * g).sum() for x, g in zip([h0, *biases], gradients, strict=True))
+    error = attribute(model, PICTURES[:1], 3, "FullGrad", PLAIN).completeness_error
+    torch.testing.assert_close(error[0], (output - total).abs(), rtol=1e-4, atol=1e-5)
+
+
+def test_text_scores_add_up_to_the_logit():
+    for model in (tiny_llama(), tiny_gpt2()):
+        result = attribute(model, IDS, 7)
+        torch.testing.assert_close(result.output, model(IDS).logits[:, -1, 7].detach())
+        assert (result.completeness_error < 1e-5).all()
+    llama = attribute(tiny_llama(), IDS, 7)  # adds no constants, so the tokens explain everything
+    torch.testing.assert_close(llama.scores.sum(1), llama.output, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_padding_gets_exactly_nothing(method):
+    model, options = tiny_llama(), FEW_STEPS.get(method, {})
+    mask = torch.tensor([[0, 0, 1, 1, 1, 1], [1, 1, 1, 1, 1, 1]])
+    padded = attribute(model, {"input_ids": IDS, "attention_mask": mask}, 7, method, **options)
+    assert (padded.scores[0, :2] == 0).all()
+    if method not in ("Random", "SmoothGrad"):  # whose noise knows nothing of padding
+        alone = attribute(model, IDS[:1, 2:], 7, method, **options)
+        torch.testing.assert_close(padded.scores[0, 2:], alone.scores[0], rtol=1e-3, atol=1e-5)
+
+
+def test_targets_are_linear():
+    model = tiny_vit()
+    cat, dog = attribute(model, PICTURES, 1), attribute(model, PICTURES, 4)
+    weights = torch.tensor([0.0, 1, 0, 0, -1])
+    for target in (weights, weights.expand(2, -1), lambda logits: logits[:, 1] - logits[:, 4]):
+        contrast = attribute(model, PICTURES, target)
+        torch.testing.assert_close(contrast.scores, cat.scores - dog.scores, rtol=1e-4, atol=1e-5)
+
+
+def test_clip_explains_the_similarity():
+    model, text = tiny_clip(), F.normalize(torch.arange(16.0), dim=0)
+    result = attribute(model, PICTURES, text)
+    torch.testing.assert_close(result.output, (F.normalize(model.encode_image(PICTURES), dim=-1) @ text).detach())
+
+
+def test_frozen_models_give_the_same():
+    model = tiny_vit()
+    free = attribute(model, PICTURES, 3).scores
+    torch.testing.assert_close(attribute(model.requires_grad_(False), PICTURES, 3).scores, free)
+
+
+# ---- Captum ----------------------------------------------------------------------------------------------------------
+
+
+def from_tokens(model, h0):
+    return model.forward_head(model.norm(model.blocks(h0)))[:, 3]
+
+
+@pytest.fixture
+def vit_and_tokens():
+    model = tiny_vit()
+    return model, model._pos_embed(model.patch_embed(PICTURES)).detach().requires_grad_()
+
+
+def test_input_times_gradient_equals_captum(vit_and_tokens):
+    model, h0 = vit_and_tokens
+    expected = captum.attr.InputXGradient(partial(from_tokens, model)).attribute(h0).sum(-1)[:, 1:]
+    torch.testing.assert_close(attribute(model, PICTURES, 3, "IxG", PLAIN).scores, expected.detach())
+
+
+def test_integrated_gradients_equal_captum(vit_and_tokens):
+    model, h0 = vit_and_tokens
+    captums = captum.attr.IntegratedGradients(partial(from_tokens, model))
+    kwargs = dict(n_steps=50, method="riemann_middle", return_convergence_delta=True)
+    expected, delta = captums.attribute(h0, **kwargs)
+    ours = attribute(model, PICTURES, 3, "IG", PLAIN)
+    torch.testing.assert_close(ours.scores, expected.sum(-1)[:, 1:].float(), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(ours.completeness_error, delta.abs().float(), rtol=1e-4, atol=1e-5)
+
+
+def test_smoothgrad_equals_captum(vit_and_tokens):
+    model, h0 = vit_and_tokens
+    h0 = h0[:1].detach()
+    tunnel = captum.attr.NoiseTunnel(captum.attr.Saliency(partial(from_tokens, model)))
+    extent = (h0.max() - h0.min()).item()
+    torch.manual_seed(0)
+    kwargs = dict(nt_type="smoothgrad", nt_samples=400, nt_samples_batch_size=400, stdevs=0.02 * extent, abs=False)
+    expected = (h0 * tunnel.attribute(h0.requires_grad_(), **kwargs)).sum(-1)[:, 1:]
+    ours = attribute(model, PICTURES[:1], 3, "SmoothGrad", PLAIN, samples=400, noise=0.02).scores
+    plain = attribute(model, PICTURES[:1], 3, "IxG", PLAIN).scores
+    # two Monte Carlo means of the same thing: far nearer to each other than to the gradient without noise
+    assert (ours - expected).norm() < 0.25 * (ours - plain).norm()
+
+
+# ---- NumPy, on a model made by hand with three tokens ----------------------------------------------------------------
+
+
+class HandMadeBlock(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.query, self.key, self.value = (nn.Parameter(torch.randn(2, 4, 2)) for _ in range(3))
+        self.out, self.mix = nn.Parameter(torch.randn(2, 2, 4)), nn.Parameter(torch.randn(4, 4))
+
+    def forward(self, x):
+        q, k, v = (torch.einsum("btc,hcd->bhtd", x, w) for w in (self.query, self.key, self.value))
+        self.map = (q @ k.transpose(-1, -2)).softmax(-1)
+        if self.map.requires_grad:
+            self.map.retain_grad()
+        self.middle = x + torch.einsum("bhtd,hdc->btc", self.map @ v, self.out)
+        return self.middle + (self.middle @ self.mix).relu()
+
+
+class HandMadeModel(nn.Module):
+    """Three tokens of four channels, two heads, two blocks; the first token is read out. Takes tokens as they are."""
+
+    def __init__(self):
+        super().__init__()
+        self.blocks = nn.ModuleList([HandMadeBlock(), HandMadeBlock()])
+        self.head = nn.Parameter(torch.randn(4, 5))
+
+    def forward(self, x):
+        for block in self.blocks:
+            x = block(x)
+        return x[:, 0] @ self.head
+
+
+@pytest.fixture
+def three_tokens():
+    """The model, its input, and as NumPy: h (tokens), g (their gradients), A (maps), dA, m (after attention)."""
+    model, x = HandMadeModel().eval(), torch.randn(1, 3, 4)
+    h = x.clone().requires_grad_()
+    h.retain_grad()
+    tokens = [h]
+    for block in model.blocks:
+        tokens.append(block(tokens[-1]))
+        tokens[-1].retain_grad()
+    (tokens[-1][:, 0] @ model.head)[0, 2].backward()
+    numpy = {
+        "h": [t.detach()[0].numpy() for t in tokens],
+        "g": [t.grad[0].numpy() for t in tokens],
+        "A": [b.map.detach()[0].numpy() for b in model.blocks],
+        "dA": [b.map.grad[0].numpy() for b in model.blocks],
+        "m": [b.middle.detach()[0].numpy() for b in model.blocks],
+    }
+    return model, x, numpy
+
+
+def ours(model, x, method, **options):
+    return attribute(model, x, 2, method, PLAIN, **options).scores[0].numpy()
+
+
+def numpy_rollout(fused, discard=0.0):
+    result = np.eye(3)
+    for a in fused:
+        a = a.copy()
+        order = [i for i in np.argsort(a.ravel(), kind="stable")[: int(discard * 9)] if i != 0]
+        a.ravel()[order] = 0
+        a = (a + np.eye(3)) / 2
+        result = (a / a.sum(-1, keepdims=True)) @ result
+    return result[0]
+
+
+@pytest.mark.parametrize("fusion", ["mean", "max", "min"])
+@pytest.mark.parametrize("discard", [0.0, 0.5, 0.9])
+def test_rollout(three_tokens, fusion, discard):
+    model, x, n = three_tokens
+    expected = numpy_rollout([getattr(np, fusion)(a, 0) for a in n["A"]], discard)
+    got = ours(model, x, "Attention Rollout", head_fusion=fusion, discard_ratio=discard)
+    np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("discard", [0.0, 0.5, 0.9])
+def test_gradient_rollout(three_tokens, discard):
+    model, x, n = three_tokens
+    expected = numpy_rollout([np.maximum(a * d, 0).mean(0) for a, d in zip(n["A"], n["dA"], strict=True)], discard)
+    got = ours(model, x, "Gradient Attention Rollout", discard_ratio=discard)
+    np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_raw_attention(three_tokens):
+    model, x, n = three_tokens
+    np.testing.assert_allclose(ours(model, x, "RawAtt"), n["A"][-1].mean(0)[0], rtol=1e-5)
+
+
+def test_genatt(three_tokens):
+    model, x, n = three_tokens
+    r = np.eye(3)
+    for a, d in zip(n["A"], n["dA"], strict=True):
+        r = r + np.maximum(a * d, 0).mean(0) @ r
+    np.testing.assert_allclose(ours(model, x, "GenAtt"), r[0], rtol=1e-5, atol=1e-6)
+
+
+def test_attcat(three_tokens):
+    model, x, n = three_tokens
+    expected = sum(n["A"][i].mean((0, 1)) * (n["h"][i + 1] * n["g"][i + 1]).sum(-1) for i in range(2))
+    np.testing.assert_allclose(ours(model, x, "AttCAT"), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_tokentm(three_tokens):
+    model, x, n = three_tokens
+
+    def w(e, f):
+        length_e, length_f = np.linalg.norm(e, axis=-1), np.linalg.norm(f, axis=-1)
+        cosine = np.exp((e * f).sum(-1) / length_e / length_f)
+        return length_f / length_e * cosine / cosine.sum()
+
+    c = np.diag(np.linalg.norm(n["h"][0], axis=-1))
+    for i in range(2):
+        attention = n["A"][i].mean(0) @ np.diag(w(n["h"][i], n["m"][i])) * np.maximum(n["dA"][i], 0).mean(0)
+        c = (np.eye(3) + np.diag(w(n["m"][i], n["h"][i + 1]))) @ (np.eye(3) + attention) @ c
+    np.testing.assert_allclose(ours(model, x, "TokenTM"), c[0], rtol=1e-5, atol=1e-6)
+
+
+def test_the_cams(three_tokens):
+    model, x, n = three_tokens
+    layers = list(zip(n["h"][:2], n["g"][:2], strict=True))
+    hires = (n["h"][1] * n["g"][1]).sum(-1)
+    gradcam = sum((h * g.mean(0)).sum(-1) for h, g in layers)
+    xgradcam = sum((h * (h * g).sum(0) / np.abs(h).sum(0)).sum(-1) for h, g in layers)
+    np.testing.assert_allclose(ours(model, x, "HiResCAM"), hires, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(ours(model, x, "GradCAM+"), gradcam, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(ours(model, x, "XGradCAM+"), xgradcam, rtol=1e-5, atol=1e-5)
+
+
+def test_legrad(three_tokens):
+    model, x, _ = three_tokens
+    expected = 0
+    for layer, block in enumerate(model.blocks):
+        h = x
+        for earlier in model.blocks[: layer + 1]:
+            h = earlier(h)
+        (gradient,) = torch.autograd.grad((h[:, 0] @ model.head)[0, 2], block.map)
+        expected = expected + gradient[0].relu().mean((0, 1)).numpy()
+    np.testing.assert_allclose(ours(model, x, "LeGrad"), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_mean_row_where_no_token_is_the_readout(three_tokens):
+    model, x, n = three_tokens
+    model.forward = lambda x: model.blocks[1](model.blocks[0](x)).mean(1) @ model.head
+    np.testing.assert_allclose(ours(model, x, "RawAtt"), n["A"][-1].mean(0).mean(0), rtol=1e-5)
+
+
+# ---- the four defects of the well-known gradient rollout script ------------------------------------------------------
+# Each check passes on our method and fails on a version of it that has the defect.
+
+
+def script(model, x, defect, state=None):
+    """Gradient rollout as a recorder of maps and gradients would do it, with one of the script's defects."""
+    maps, gradients = state if defect == "state" else ([], [])
+    logit = model(x)[0, 2]
+    fresh = [block.map for block in model.blocks]
+    maps += [m.detach()[0].numpy() for m in fresh]
+    found = [g[0].numpy() for g in torch.autograd.grad(logit, fresh)]
+    gradients += found[::-1] if defect == "order" else found
+    result = np.eye(3)
+    for a, d in zip(maps, gradients, strict=True):
+        a = (np.maximum(a * d, 0).mean(0) + np.eye(3)) / 2
+        a = a / (a.sum(-1) if defect == "keepdim" else a.sum(-1, keepdims=True))
+        result = a @ result
+    return result[0]
+
+
+def check_order(rollout, model, x, n):
+    expected = numpy_rollout([np.maximum(a * d, 0).mean(0) for a, d in zip(n["A"], n["dA"], strict=True)])
+    np.testing.assert_allclose(rollout(model, x), expected, rtol=1e-5, atol=1e-6)
+
+
+def check_state(rollout, model, x, n):
+    first = rollout(model, x)
+    rollout(model, torch.randn(1, 3, 4))
+    np.testing.assert_allclose(rollout(model, x), first, rtol=1e-6)
+
+
+def check_rows_sum_to_one(rollout, model, x, n):
+    assert rollout(model, x).sum() == pytest.approx(1, abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    "defect, check", [("order", check_order), ("state", check_state), ("keepdim", check_rows_sum_to_one)]
+)
+def test_gradient_rollout_lacks_the_scripts_defect(three_tokens, defect, check):
+    model, x, n = three_tokens
+    check(partial(ours, method="Gradient Attention Rollout"), model, x, n)
+    check(partial(script, defect=None), model, x, n)
+    with pytest.raises(AssertionError):
+        check(partial(script, defect=defect, state=([], [])), model, x, n)
+
+
+def test_fused_attention_is_seen_too():
+    """The script hooks `attn_drop`, which never runs when attention is fused: it records nothing at all."""
+    model = tiny_vit()
+    maps = []
+    for block in model.blocks:
+        block.attn.attn_drop.register_forward_hook(lambda module, args, result: maps.append(result.detach()))
+    model(PICTURES)
+    assert not maps, "fused attention hides from the script"
+    fused = attribute(model, PICTURES, 3, "Gradient Attention Rollout").scores
+    for block in model.blocks:
+        block.attn.fused_attn = False
+    model(PICTURES)
+    assert len(maps) == 3
+    torch.testing.assert_close(attribute(model, PICTURES, 3, "Gradient Attention Rollout").scores, fused)
+    for seen, expected in zip(record(model, PICTURES, 3).attention, maps[:3], strict=True):
+        torch.testing.assert_close(seen, expected)
+
+
+# ---- rules re-derived ------------------------------------------------------------------------------------------------
+
+
+def llama_by_hand(model, h, target):
+    """A Llama written out with the rules as detachments: RMSNorm's denominator, the gate's slope, queries and keys."""
+    config, base = model.config, model.model
+    cos, sin = base.rotary_emb(h, torch.arange(h.shape[1])[None])
+
+    def norm(layer, x):
+        return layer.weight * x * (x.pow(2).mean(-1, keepdim=True) + config.rms_norm_eps).rsqrt().detach()
+
+    def rotate(x):
+        first, second = x.chunk(2, -1)
+        return x * cos[:, None] + torch.cat([-second, first], -1) * sin[:, None]
+
+    for layer in base.layers:
+        x, attention = norm(layer.input_layernorm, h), layer.self_attn
+        projections = (attention.q_proj(x), attention.k_proj(x), attention.v_proj(x))
+        q, k, v = (p.unflatten(-1, (-1, attention.head_dim)).transpose(1, 2) for p in projections)
+        k, v = (y.repeat_interleave(2, 1) for y in (rotate(k), v))
+        logits = rotate(q) @ k.transpose(-1, -2) / attention.head_dim**0.5
+        future = torch.ones_like(logits, dtype=torch.bool).triu(1)
+        h = h + attention.o_proj(
+            (logits.masked_fill(future, -torch.inf).softmax(-1).detach() @ v).transpose(1, 2).flatten(2)
+        )
+        x, mlp = norm(layer.post_attention_layernorm, h), layer.mlp
+        gate, up = mlp.gate_proj(x), mlp.up_proj(x)
+        product = (gate * gate.sigmoid().detach()) * up
+        h = h + mlp.down_proj(product / 2 + (product / 2).detach())
+    return model.lm_head(norm(base.norm, h))[:, -1, target]
+
+
+def test_libra_on_llama_equals_the_rules_written_as_detachments():
+    model = tiny_llama()
+    h = model.model.embed_tokens(IDS).detach().requires_grad_()
+    output = llama_by_hand(model, h, 7)
+    expected = (h * torch.autograd.grad(output.sum(), h)[0]).sum(-1)
+    result = attribute(model, IDS, 7, "IxG")
+    torch.testing.assert_close(result.output, output.detach(), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(result.scores, expected.detach(), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("rules", [ATTN_LRP, ALI_LRP, DECOMPX, LIBRA.without("norm"), RESIDUAL])
+def test_every_rule_set_says_something_of_its_own(rules):
+    model = tiny_llama()
+    scores = attribute(model, IDS, 7, "IxG", rules).scores
+    for other in (PLAIN, LIBRA):
+        assert (scores - attribute(model, IDS, 7, "IxG", other).scores).abs().max() > 1e-4 * scores.abs().max()
+
+
+# ---- one clear error -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (dict(method="FullGrad++"), "unknown method"),
+        (dict(method="IxG", head_fusion="max"), "no option head_fusion"),
+        (dict(method="Attention Rollout", head_fusion="median"), "unknown head_fusion"),
+        (dict(method="Attention Rollout", discard_ratio=1), r"\[0, 1\)"),
+        (dict(target=5), "0..4"),
+        (dict(target=torch.tensor([1, 2, 3])), "one for each of 2"),
+        (dict(target=torch.ones(7)), "must end in 5"),
+        (dict(target=lambda logits: logits), r"one number per sample"),
+    ],
+)
+def test_bad_requests(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        attribute(tiny_vit(), PICTURES, **{"target": 3, **arguments})
+
+
+def test_models_that_do_not_fit():
+    with pytest.raises(ValueError, match="training mode"):
+        attribute(tiny_vit().train(), PICTURES, 3)
+    with pytest.raises(ValueError, match="no list of blocks"):
+        attribute(nn.Linear(2, 2).eval(), torch.randn(1, 2), 0)
