@@ -1,6 +1,8 @@
 """LibraGrad for untouched models: balance the autograd graph, not the model (Mehri et al., CVPR 2025)."""
 
-from .backward import Audit, UnsupportedOperation, additive_constants, audit, balanced, libra_grad
+from .backward import audit, balanced, libra_grad
+from .constants import additive_constants
+from .graph import Audit, UnsupportedOperation
 from .residual import record_residuals
 from .rules import ALI_LRP, ATTN_LRP, DECOMPX, LIBRA, PLAIN, Rules, register_rule
 

@@ -16,9 +16,9 @@ ADDITIONS = {torch.add, Tensor.add, Tensor.__add__, Tensor.__radd__, Tensor.add_
 class record_residuals(TorchFunctionMode):
     """Context for the forward pass: remembers, on the graph itself, what each addition added.
 
-        with record_residuals():
-            logit = model(images)[:, 281]
-        libra_grad(logit, images, rules=replace(LIBRA, residual=True))
+    with record_residuals():
+        logit = model(images)[:, 281]
+    libra_grad(logit, images, rules=replace(LIBRA, residual=True))
     """
 
     def __torch_function__(self, function, types, args=(), kwargs=None):

@@ -74,7 +74,9 @@ class Operation:
     rule: Literal["attention", "activation", "norm", "product"] | None = None
     backward: Backward | None = None
     factors: tuple[int, int] = (0, 1)
-    gate_result: int | None = None  # this one of a linear operation's several results is a gate: the variance of var_mean
+    gate_result: int | None = (
+        None  # this one of a linear operation's several results is a gate: the variance of var_mean
+    )
 
 
 def saved(node: torch.autograd.graph.Node, name: str):
@@ -113,10 +115,12 @@ def slope(ratio: Callable[..., Tensor]) -> Backward:
     return backward
 
 
+def tanh_gelu_ratio(x: Tensor) -> Tensor:
+    return torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)).add_(1).mul_(0.5)
+
+
 def gelu_ratio(x: Tensor, node) -> Tensor:
-    if saved(node, "approximate") == "tanh":
-        return torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)).add_(1).mul_(0.5)
-    return torch.special.ndtr(x)
+    return tanh_gelu_ratio(x) if saved(node, "approximate") == "tanh" else torch.special.ndtr(x)
 
 
 def secant(function: Callable[..., Tensor], slope_at_zero: float = 1.0) -> Backward:
@@ -149,9 +153,16 @@ def tanh_secant(node, grad_inputs, grad_outputs):
 def glu(node, grad_inputs, grad_outputs):
     """GLU: first half times sigmoid(second half); only the first half is a stream."""
     dim = saved(node, "dim")
+    dim -= 2**64 if dim >= 2**63 else 0  # PyTorch hands out negative dimensions as unsigned numbers
     gate = torch.sigmoid(precise(saved(node, "self")).chunk(2, dim)[1])
     stream = gate * grad_outputs[0]
     return replaced(grad_inputs, torch.cat([stream, torch.zeros_like(stream)], dim))
+
+
+def bloom_gelu(node, grad_inputs, grad_outputs):
+    """transformers' BLOOM writes its tanh-GELU as a custom autograd function that saves its input."""
+    (x,) = node.saved_tensors
+    return replaced(grad_inputs, tanh_gelu_ratio(precise(x)) * grad_outputs[0])
 
 
 def unchanged(node, grad_inputs, grad_outputs):
@@ -244,6 +255,7 @@ MatMul4Bit MatMul8bitLt
 
 BALANCED = {
     "Gelu": ("activation", slope(gelu_ratio)),
+    "GeLUFunction": ("activation", bloom_gelu),
     "Silu": ("activation", slope(lambda x, node: torch.sigmoid(x))),
     "Hardswish": ("activation", slope(lambda x, node: (x / 6 + 0.5).clamp_(0, 1))),
     "Mish": ("activation", slope(lambda x, node: torch.tanh(torch.nn.functional.softplus(x)))),
@@ -252,7 +264,10 @@ BALANCED = {
     "Clamp": ("activation", secant(lambda x, node: x.clamp(saved(node, "min"), saved(node, "max")))),
     "ClampMin": ("activation", secant(lambda x, node: x.clamp(min=saved(node, "min")))),
     "ClampMax": ("activation", secant(lambda x, node: x.clamp(max=saved(node, "max")))),
-    "Softshrink": ("activation", secant(lambda x, node: torch.nn.functional.softshrink(x, float(saved(node, "lambd"))))),
+    "Softshrink": (
+        "activation",
+        secant(lambda x, node: torch.nn.functional.softshrink(x, float(saved(node, "lambd")))),
+    ),
     "NativeLayerNorm": ("norm", layer_norm),
     "FusedRmsNorm": ("norm", rms_norm),
     "NativeGroupNorm": ("norm", group_norm),
@@ -267,7 +282,10 @@ BALANCED = {
 
 GATES = {
     **dict.fromkeys(["Softmax", "SafeSoftmax", "LogSoftmax", "Logsumexp"], ("attention", None)),
-    **dict.fromkeys(["Sigmoid", "Hardsigmoid", "Softplus", "LogSigmoid", "Exp", "Expm1", "Log", "Log1P", "Sin", "Cos"], ("activation", None)),
+    **dict.fromkeys(
+        ["Sigmoid", "Hardsigmoid", "Softplus", "LogSigmoid", "Exp", "Expm1", "Log", "Log1P", "Sin", "Cos"],
+        ("activation", None),
+    ),
     "Tanh": ("activation", tanh_secant),
     "Erf": ("activation", secant(lambda x, node: torch.erf(x), 2 / math.sqrt(math.pi))),
     "Atan": ("activation", secant(lambda x, node: torch.atan(x))),
@@ -344,9 +362,15 @@ def register_rule(
     Raises ValueError for a name that has a rule already, or a role that lacks what it needs.
     """
     if name in OPERATIONS:
-        raise ValueError(f"{name!r} has a rule already ({OPERATIONS[name].role}); a second one would change every model")
+        raise ValueError(
+            f"{name!r} has a rule already ({OPERATIONS[name].role}); a second one would change every model"
+        )
     if role == "balanced" and (backward is None or rule is None):
-        raise ValueError(f"a balanced operation needs its complete backward and the rule that switches it; {name!r} has {rule=}, {backward=}")
+        raise ValueError(
+            f"a balanced operation needs its complete backward and the rule that switches it; {name!r} has {rule=}, {backward=}"
+        )
     if role == "gate" and rule is None:
-        raise ValueError(f"a gate needs the rule that holds it constant: register_rule({name!r}, 'gate', rule='activation')")
+        raise ValueError(
+            f"a gate needs the rule that holds it constant: register_rule({name!r}, 'gate', rule='activation')"
+        )
     OPERATIONS[name] = Operation(role, "product" if role == "product" else rule, backward)

@@ -1,0 +1,456 @@
+"""How libra_grad behaves: as torch.autograd.grad does, leaving nothing behind, refusing what it doesn't understand."""
+
+import gc
+import threading
+import weakref
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from libragrad_minimal import (
+    ATTN_LRP,
+    LIBRA,
+    PLAIN,
+    UnsupportedOperation,
+    additive_constants,
+    audit,
+    backward,
+    graph,
+    balanced,
+    libra_grad,
+    record_residuals,
+    register_rule,
+    rules,
+)
+
+
+class Block(nn.Module):
+    """A pre-norm Transformer block with everything that needs a rule."""
+
+    def __init__(self, width=8):
+        super().__init__()
+        self.norm1, self.norm2 = nn.LayerNorm(width), nn.RMSNorm(width)
+        self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
+        self.up, self.gate, self.down = (nn.Linear(width, width) for _ in range(3))
+
+    def forward(self, x):
+        q, k, v = self.qkv(self.norm1(x)).chunk(3, -1)
+        x = x + self.out(F.scaled_dot_product_attention(q, k, v))
+        h = self.norm2(x)
+        return x + self.down(F.silu(self.gate(h)) * F.gelu(self.up(h)))
+
+
+class Model(nn.Module):
+    def __init__(self, depth=2, width=8):
+        super().__init__()
+        self.position = nn.Parameter(torch.randn(5, width))
+        self.blocks = nn.ModuleList(Block(width) for _ in range(depth))
+        self.head = nn.Linear(width, 3)
+
+    def forward(self, x, run=lambda block, x: block(x)):
+        x = x + self.position
+        for block in self.blocks:
+            x = run(block, x)
+        return self.head(x.mean(1))
+
+
+@pytest.fixture
+def model():
+    return Model().double().eval()
+
+
+@pytest.fixture
+def x():
+    return torch.randn(2, 5, 8, dtype=torch.float64, requires_grad=True)
+
+
+def dot(tensors, gradients):
+    return sum((t * g).sum() for t, g in zip(tensors, gradients, strict=True)).detach()
+
+
+def test_complete_with_inputs_and_constants(model, x):
+    output = model(x)[:, 1]
+    parts = (x, *additive_constants(output, x))
+    biases = {p for name, p in model.named_parameters() if name.endswith("bias") or name == "position"}
+    biases -= {block.norm2.weight for block in model.blocks}
+    assert set(parts[1:]) == biases
+    torch.testing.assert_close(dot(parts, libra_grad(output, parts)), output.sum().detach(), rtol=1e-12, atol=0)
+
+
+def test_same_call_as_autograd(model, x):
+    output = model(x)
+    weights = torch.randn(2, 3, dtype=torch.float64)
+    mine = libra_grad(output, [x], PLAIN, grad_outputs=weights, retain_graph=True)
+    torch.testing.assert_close(mine, torch.autograd.grad(output, [x], weights, retain_graph=True), rtol=0, atol=0)
+    unused = torch.zeros(1, requires_grad=True)
+    assert libra_grad(output.sum(), (x, unused), allow_unused=True, retain_graph=True)[1] is None
+    assert libra_grad(output.sum(), (x, unused), materialize_grads=True, retain_graph=True)[1] == 0
+    both = libra_grad((output[:, 0], output[:, 1]), x, retain_graph=True)[0]
+    torch.testing.assert_close(both, libra_grad(output[:, :2].sum(1), x)[0])
+
+
+def test_several_inputs_at_different_depths(model, x):
+    hidden = []
+    hook = model.blocks[1].register_forward_pre_hook(lambda module, args: hidden.append(args[0]))
+    output = model(x)[:, 0]
+    hook.remove()
+    together = libra_grad(output, (x, hidden[0]), retain_graph=True)
+    torch.testing.assert_close(together[0], libra_grad(output, x, retain_graph=True)[0])
+    torch.testing.assert_close(together[1], libra_grad(output, hidden[0])[0])
+
+
+def test_batch_equals_single_calls(model, x):
+    together = libra_grad(model(x)[:, 2], x)[0]
+    for i in range(2):
+        alone = x[i : i + 1].detach().requires_grad_()
+        torch.testing.assert_close(libra_grad(model(alone)[:, 2], alone)[0][0], together[i], rtol=1e-10, atol=1e-14)
+
+
+def test_input_that_only_feeds_a_gate_gets_zero():
+    gate, stream = torch.randn(3, requires_grad=True), torch.randn(3, requires_grad=True)
+    gradients = libra_grad((torch.sigmoid(gate) * stream).sum(), (gate, stream))
+    assert (gradients[0] == 0).all() and (gradients[1] == torch.sigmoid(gate)).all()
+
+
+def test_weights_receive_the_plain_rule_of_their_layer(model, x):
+    """Inside `balanced`, .backward() fills parameters too; biases get the sum of what arrives at their layer."""
+    output = model(x)[:, 0]
+    with balanced(output, x):
+        output.sum().backward(retain_graph=True)
+    bias = model.blocks[1].down.bias
+    torch.testing.assert_close(bias.grad, libra_grad(output, (x, bias))[1])
+
+
+# ---- nothing is left behind ------------------------------------------------------------------------------------------
+
+
+def hooks_on_graph(output):
+    return sum(len(node.metadata) for node in graph.topological([output.grad_fn]))
+
+
+def plain(output, x):
+    return torch.autograd.grad(output.sum(), x, retain_graph=True)[0]
+
+
+def test_balanced_block_serves_several_targets_and_ends(model, x):
+    logits = model(x)
+    before = plain(logits[:, 0], x)
+    one_by_one = [libra_grad(logits[:, c], x, retain_graph=True)[0] for c in range(3)]
+    with balanced(logits, x):
+        inside = [plain(logits[:, c], x) for c in range(3)]
+    torch.testing.assert_close(inside, one_by_one)
+    torch.testing.assert_close(plain(logits[:, 0], x), before, rtol=0, atol=0)
+
+
+def test_calls_nest_on_one_graph(model, x):
+    logits = model(x)
+    expected = libra_grad(logits[:, 0], x, retain_graph=True)[0]
+    halved = libra_grad(logits[:, 0], x, ATTN_LRP, retain_graph=True)[0]
+    assert not torch.allclose(expected, halved)
+    with balanced(logits, x, ATTN_LRP):
+        torch.testing.assert_close(libra_grad(logits[:, 0], x, retain_graph=True)[0], expected)
+        with balanced(logits, x):
+            torch.testing.assert_close(plain(logits[:, 0], x), expected)
+        torch.testing.assert_close(plain(logits[:, 0], x), halved)
+    assert not backward._owners
+
+
+def test_threads_share_one_graph(model, x):
+    """Balanced, differently balanced and plain backward passes at once on the same graph, each with its own result."""
+    logits = model(x)
+    tasks = {
+        "libra": lambda: libra_grad(logits[:, 0], x, retain_graph=True)[0],
+        "attn_lrp": lambda: libra_grad(logits[:, 0], x, ATTN_LRP, retain_graph=True)[0],
+        "plain": lambda: plain(logits[:, 0], x),
+    }
+    expected = {name: task() for name, task in tasks.items()}
+    failures = []
+
+    def repeat(name):
+        for _ in range(30):
+            if not torch.allclose(tasks[name](), expected[name], rtol=1e-10, atol=1e-14):
+                failures.append(name)
+
+    threads = [threading.Thread(target=repeat, args=(name,)) for name in [*tasks, *tasks]]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not failures
+    assert not backward._owners
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
+def test_interrupt_leaves_everything_as_it_was(model, x, error, monkeypatch):
+    logits = model(x)
+    before = plain(logits[:, 0], x)
+    state = {name: p.clone() for name, p in model.state_dict().items()}
+
+    def interrupted(node, grad_inputs, grad_outputs):
+        raise error("stopped")
+
+    monkeypatch.setitem(rules.OPERATIONS, "NativeLayerNorm", rules.Operation("balanced", "norm", interrupted))
+    with pytest.raises(error):
+        libra_grad(logits[:, 0], x, retain_graph=True)
+    monkeypatch.undo()
+    torch.testing.assert_close(plain(logits[:, 0], x), before, rtol=0, atol=0)
+    assert not backward._owners
+    assert all(p.grad is None for p in model.parameters()) and x.grad is None
+    assert all(torch.equal(p, state[name]) for name, p in model.state_dict().items())
+    assert not any(m._forward_hooks or m._backward_hooks or m._forward_pre_hooks for m in model.modules())
+
+
+def test_graph_is_freed_afterwards(model):
+    x = torch.randn(1, 5, 8, dtype=torch.float64, requires_grad=True)
+    output = model(x)[:, 0]
+    libra_grad(output, x)
+    watch = weakref.ref(output)
+    del output
+    gc.collect()
+    assert watch() is None
+
+
+def test_forward_is_bit_identical(model, x):
+    before = model(x)
+    libra_grad(before[:, 0], x)
+    assert torch.equal(model(x), before)
+
+
+# ---- where saved values live -----------------------------------------------------------------------------------------
+
+
+def test_non_reentrant_checkpointing(model, x):
+    expected = libra_grad(model(x)[:, 0], x)[0]
+    output = model(x, run=lambda block, x: checkpoint(block, x, use_reentrant=False))[:, 0]
+    torch.testing.assert_close(libra_grad(output, x)[0], expected)
+
+
+def test_reentrant_checkpointing_is_refused_with_its_cure(model, x):
+    output = model(x, run=lambda block, x: checkpoint(block, x, use_reentrant=True))[:, 0]
+    with pytest.raises(UnsupportedOperation, match=r"CheckpointFunction \(2x\).*use_reentrant=False"):
+        libra_grad(output, x)
+
+
+def test_saved_tensors_offloaded_to_cpu(model, x):
+    expected = libra_grad(model(x)[:, 0], x)[0]
+    with torch.autograd.graph.save_on_cpu():
+        output = model(x)[:, 0]
+    torch.testing.assert_close(libra_grad(output, x)[0], expected)
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 0.03), (torch.float16, 0.004)])
+def test_precisions(model, x, dtype, tolerance):
+    """Gradients keep their dtype, and lose no more than the forward pass in that dtype does."""
+    exact = libra_grad(model(x)[:, 0], x)[0]
+    rounded = x.detach().to(dtype).requires_grad_()
+    gradient = libra_grad(model.to(dtype)(rounded)[:, 0], rounded)[0]
+    assert gradient.dtype == dtype
+    assert (gradient.double() - exact).norm() / exact.norm() < tolerance
+
+
+def test_half_precision_slope_at_tiny_arguments():
+    """f(x)/x computed in float16 itself is 0 or NaN here; 1/2 is right."""
+    x = torch.full((4,), 6e-8, dtype=torch.float16, requires_grad=True)
+    for function in (F.gelu, F.silu, F.mish):
+        gradient = libra_grad(function(x).float().sum(), x)[0]
+        torch.testing.assert_close(
+            gradient.float(), torch.full((4,), 0.5 if function is not F.mish else 0.6), rtol=1e-3, atol=0
+        )
+
+
+# ---- refusals and bad input ------------------------------------------------------------------------------------------
+
+
+class Twice(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return 2 * x
+
+    @staticmethod
+    def backward(ctx, g):
+        return 2 * g
+
+
+REFUSED = {
+    "softmax head": (lambda x: x.softmax(-1)[:, 0], r"Softmax \(1x\).*logit.*never a probability"),
+    "log-softmax head": (lambda x: x.log_softmax(-1)[:, 0], r"LogSoftmax.*logit"),
+    "sigmoid as the stream": (lambda x: torch.sigmoid(x)[:, 0], r"Sigmoid \(1x\)"),
+    "gate joins the stream": (lambda x: (lambda s: s * x + s)(torch.sigmoid(x))[:, 0], "Sigmoid"),
+    "exponential": (lambda x: x.exp()[:, 0], "Exp"),
+    "variance as the stream": (lambda x: torch.var_mean(x, -1)[0], "VarMean"),
+    "constant over stream": (lambda x: (1 / x)[:, 0], "Reciprocal|Div"),
+    "exponent that depends on the input": (lambda x: (2**x)[:, 0], "Pow"),
+    "rounded division": (lambda x: (torch.div(x, 3.0, rounding_mode="floor") + x)[:, 0], "Div"),
+    "custom function": (lambda x: Twice.apply(x)[:, 0], r"Twice \(1x\).*register_rule\('Twice'"),
+    "in place on a slice": (lambda x: (lambda y: (y[:, :1].mul_(3), y)[1])(x * 1)[:, 0], "CopySlices.*out of place"),
+    "attention to constants": (
+        lambda x: F.scaled_dot_product_attention(x[None], x[None], torch.ones(1, 2, 4))[0, :, 0] + x[:, 0],
+        "Attention",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_refuses_what_it_does_not_understand(name):
+    function, message = REFUSED[name]
+    x = torch.randn(2, 4, requires_grad=True)
+    output = function(x)
+    with pytest.raises(UnsupportedOperation, match=f"(?s){message}.*Nothing was computed"):
+        libra_grad(output, x)
+    table = audit(output, x)
+    assert not table.complete and any(treatment == "unsupported" for _, treatment, _ in table.rows)
+
+
+def test_refusal_says_where(x):
+    with pytest.raises(UnsupportedOperation, match="at Twice -> Mul -> Sum -> output"):
+        libra_grad((Twice.apply(x) * 3).sum(), x)
+
+
+def test_compiled_graph_is_refused():
+    compiled = torch.compile(lambda x: F.gelu(x), backend="aot_eager")
+    x = torch.randn(2, 3, requires_grad=True)
+    with pytest.raises(UnsupportedOperation, match="torch.compile hides the graph"):
+        libra_grad(compiled(x).sum(), x)
+
+
+def test_user_teaches_a_rule(x, monkeypatch):
+    monkeypatch.setattr(rules, "OPERATIONS", dict(rules.OPERATIONS))
+    register_rule("Twice", "linear")
+    assert (libra_grad(Twice.apply(x).sum(), x)[0] == 2).all()
+    with pytest.raises(ValueError, match="has a rule already"):
+        register_rule("Softmax", "linear")
+    with pytest.raises(ValueError, match="needs its complete backward"):
+        register_rule("Other", "balanced")
+    with pytest.raises(ValueError, match="needs the rule"):
+        register_rule("Other", "gate")
+
+
+BAD_CALLS = {
+    "not one scalar a sample": (lambda m, x: libra_grad(m(x), x), "shape \\(2, 3\\).*choose a logit"),
+    "no graph": (lambda m, x: libra_grad(m(x).detach()[:, 0], x), "no graph.*no_grad"),
+    "input without grad": (
+        lambda m, x: libra_grad(m(x)[:, 0], torch.randn(2, 5, 8)),
+        "does not require grad.*requires_grad_",
+    ),
+    "input of another graph": (lambda m, x: libra_grad(m(x)[:, 0], x.clone()), "not in the graph.*very tensor"),
+    "audit of another graph": (lambda m, x: audit(m(x), x.clone()), "not in the graph"),
+    "second derivative": (
+        lambda m, x: libra_grad(m(x)[:, 0], x, create_graph=True),
+        "create_graph=True is not supported",
+    ),
+    "NaN in the forward pass": (lambda m, x: libra_grad(m(x * float("nan"))[:, 0], x), "output 0 is nan.*forward pass"),
+    "infinite in the forward pass": (lambda m, x: libra_grad((x.sum((1, 2)) * 1e308) ** 3, x), "output 0 is -?inf"),
+    "infinite in the backward pass": (
+        lambda m, x: libra_grad(torch.where(x > 9, x.abs().sqrt() * 0, (x * 0).sqrt()).sum(), x),
+        "not finite",
+    ),
+    "batch norm in training": (
+        lambda m, x: libra_grad(F.batch_norm(x, None, None, training=True).sum(), x),
+        "batch norm.*model.eval",
+    ),
+    "dropout": (lambda m, x: libra_grad(F.dropout(x, 0.5, training=True).sum(), x), "dropout was active.*model.eval"),
+    "saturated tanh": (lambda m, x: libra_grad(torch.tanh(x.float() * 100).sum(), x), "saturated.*float64"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_CALLS)
+def test_bad_call_gets_one_clear_error(name, model, x):
+    call, message = BAD_CALLS[name]
+    with pytest.raises((ValueError, ArithmeticError), match=f"(?s){message}"):
+        call(model, x)
+    assert not backward._owners
+
+
+def test_dropout_in_attention_is_refused():
+    x = torch.randn(1, 1, 4, 8, requires_grad=True)
+    output = F.scaled_dot_product_attention(x, x, x, dropout_p=0.3).sum()
+    with pytest.raises(ValueError, match="dropout was active"):
+        libra_grad(output, x)
+
+
+def test_freed_graph(model, x):
+    output = model(x)[:, 0]
+    libra_grad(output, x)
+    with pytest.raises(RuntimeError, match="has been freed.*retain_graph=True"):
+        libra_grad(output, x)
+
+
+def test_masks_of_ones_and_zeros_are_not_dropout(x):
+    mask = (torch.rand(2, 5, 8) > 0.5).double()
+    torch.testing.assert_close(libra_grad((x * mask).sum(), x)[0], mask)
+
+
+# ---- properties ------------------------------------------------------------------------------------------------------
+
+MATRIX = torch.randn(4, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(1)) / 2
+LAYERS = {
+    "linear": lambda x: x @ MATRIX,
+    "relu": lambda x: F.relu(x) + 0.1 * x,
+    "gelu": F.gelu,
+    "silu": F.silu,
+    "norm": lambda x: F.layer_norm(x, (4,)),
+    "rms": lambda x: x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-6),
+    "unit": lambda x: F.normalize(x, dim=-1),
+    "swiglu": lambda x: F.silu(x @ MATRIX) * (x @ MATRIX.T),
+    "square": lambda x: x**2,
+    "cube": lambda x: (x / 2) ** 3,
+    "attention": lambda x: F.scaled_dot_product_attention(x[None], x[None] @ MATRIX, x[None])[0],
+    "eager attention": lambda x: torch.softmax(x @ x.T, -1) @ x,
+    "squeeze": lambda x: x * torch.sigmoid(x.mean(0) @ MATRIX),
+    "cap": lambda x: 5 * torch.tanh(x / 5),
+    "residual": lambda x: x + F.gelu(x @ MATRIX),
+    "divide": lambda x: x / (1 + x.abs()),
+    "pool": lambda x: torch.cat([x[:2], x.amax(0, keepdim=True), x.mean(0, keepdim=True)]),
+}
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.lists(st.sampled_from(sorted(LAYERS)), min_size=1, max_size=6), st.integers(0, 10_000))
+def test_euler_any_composition_is_of_degree_one(names, seed):
+    """<x, Libra gradient> = f(x): after the repairs every composition behaves as if it were of degree one."""
+    x = torch.randn(4, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)).requires_grad_()
+    y = x
+    for name in names:
+        y = LAYERS[name](y)
+    output = (y * torch.arange(16.0, dtype=torch.float64).reshape(4, 4).cos()).sum()
+    if not output.isfinite() or output.abs() > 1e12:
+        return
+    magnitude = (y.abs().sum() + output.abs()).item()
+    total = dot([x], libra_grad(output, x))
+    assert abs(total - output).item() <= 1e-9 * max(magnitude, 1e-9)
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.lists(st.sampled_from(["linear", "relu", "pool"]), min_size=1, max_size=5), st.integers(0, 10_000))
+def test_balanced_gradients_of_complete_layers_are_plain(names, seed):
+    x = torch.randn(4, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)).requires_grad_()
+    y = x
+    for name in names:
+        y = LAYERS[name](y)
+    assert torch.equal(libra_grad(y.sum(), x, retain_graph=True)[0], torch.autograd.grad(y.sum(), x)[0])
+
+
+def test_residual_rule_is_conservative_and_shares_by_sign(model, x):
+    from dataclasses import replace
+
+    residual = replace(LIBRA, residual=True)
+    with record_residuals():
+        output = model(x)[:, 0]
+    parts = (x, *additive_constants(output, x))
+    total = dot(parts, libra_grad(output, parts, residual))
+    torch.testing.assert_close(total, output.sum().detach(), rtol=1e-10, atol=0)
+    with pytest.raises(ValueError, match="record_residuals"):
+        libra_grad(model(x)[:, 0], x, residual)
+    # c = 3 + (-1) = 2: shares 2*3 and 1*(-1) of 2*3 - 1 = 5, so a's relevance is 2*6/5 and b's 2*(-1)/5
+    a, b = (torch.tensor(v, dtype=torch.float64, requires_grad=True) for v in (3.0, -1.0))
+    with record_residuals():
+        c = a + b
+    gradients = libra_grad(c, (a, b), residual)
+    torch.testing.assert_close(
+        torch.stack([a * gradients[0], b * gradients[1]]).detach(), torch.tensor([2.4, -0.4], dtype=torch.float64)
+    )
