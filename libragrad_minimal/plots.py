@@ -133,7 +133,8 @@ def heatmaps(
     """One row per picture: the picture, then one score map per column over the greyed picture; `size` inches each.
 
     pictures: PIL images or arrays (H, W, 3); columns: title -> score maps (n, h, w), as many as pictures.
-    Orange speaks for the output and blue against it; every map is scaled by its own largest |score|.
+    Orange speaks for the output and blue against it; each map has its own scale, full colour from
+    its 98th percentile of |score| on.
     """
     for title, maps in columns.items():
         if len(maps) != len(pictures):
@@ -158,7 +159,8 @@ def _show_map(axes: plt.Axes, picture: np.ndarray, scores: np.ndarray) -> None:
     height, width = picture.shape[:2]
     smooth = Image.fromarray(scores.astype(np.float32)).resize((width, height), Image.Resampling.BICUBIC)
     strength = np.asarray(smooth)[..., None]
-    opacity = np.abs(strength / (np.abs(strength).max() or 1))
+    full = np.quantile(np.abs(strength), 0.98) or 1  # not the largest: one outlying patch would make all others pale
+    opacity = np.minimum(np.abs(strength) / full, 1)
     background = 150 + 0.4 * picture.mean(axis=2, keepdims=True)
     blended = background * (1 - opacity) + np.where(strength > 0, POSITIVE, NEGATIVE) * opacity
     axes.imshow(blended.astype(np.uint8))
