@@ -1,5 +1,6 @@
 """LibraGrad for untouched models: balance the autograd graph, not the model (Mehri et al., CVPR 2025)."""
 
+from .attribution import METHODS, Attribution, attribute
 from .backward import audit, balanced, libra_grad
 from .constants import additive_constants
 from .graph import Audit, UnsupportedOperation
@@ -11,11 +12,14 @@ __all__ = [
     "ATTN_LRP",
     "DECOMPX",
     "LIBRA",
+    "METHODS",
     "PLAIN",
+    "Attribution",
     "Audit",
     "Rules",
     "UnsupportedOperation",
     "additive_constants",
+    "attribute",
     "audit",
     "balanced",
     "libra_grad",

@@ -61,25 +61,43 @@ def attribute(
     Tokens are those that enter the first block; what came before it (patch embedding, positions) belongs to the input.
     Raises ValueError for a model, target, method or option that doesn't fit, UnsupportedOperation from libra_grad.
     """
+    return attribute_many(model, inputs, target, {method: options}, rules)[method]
+
+
+def attribute_many(
+    model: nn.Module,
+    inputs: Tensor | Mapping[str, Tensor],
+    target: Any,
+    methods: Iterable[str] | Mapping[str, Mapping[str, Any]],
+    rules: Rules = LIBRA,
+) -> dict[str, Attribution]:
+    """Several methods on one forward and one backward pass: `methods` are names, or names with options each.
+
+    The other arguments and errors are those of `attribute`.
+    """
     if model.training:
         raise ValueError(f"{type(model).__name__} is in training mode; call model.eval() first")
-    function = METHODS.get(method)
-    if function is None:
-        raise ValueError(f"unknown method {method!r}; there are {', '.join(METHODS)}")
-    unknown = options.keys() - set(inspect.signature(function).parameters)
-    if unknown:
-        known = list(inspect.signature(function).parameters)[1:] or ["none"]
-        raise ValueError(f"{method} has no option {', '.join(sorted(unknown))}; it has {', '.join(known)}")
-
+    methods = methods if isinstance(methods, Mapping) else {name: {} for name in methods}
+    for name, options in methods.items():
+        check_method(name, options)
     run = record(model, inputs, target, rules)
-    result = function(run, **options)
-    scores, total = result if isinstance(result, tuple) else (result, torch.full_like(run.output, torch.nan))
-    scores = scores.detach() * run.valid
-    error = (run.output.detach() - total.detach()).abs()
-    if run.is_text:
-        return Attribution(scores, run.output.detach(), error, None)
-    prefix, grid = patch_grid(model, run, picture_size(inputs))
-    return Attribution(scores[:, prefix:], run.output.detach(), error, grid)
+    prefix, grid = (0, None) if run.is_text else patch_grid(model, run, picture_size(inputs))
+    output, results = run.output.detach(), {}
+    for name, options in methods.items():
+        result = METHODS[name](run, **options)
+        scores, total = result if isinstance(result, tuple) else (result, torch.full_like(output, torch.nan))
+        scores, error = (scores.detach() * run.valid)[:, prefix:], (output - total.detach()).abs()
+        results[name] = Attribution(scores, output, error, grid)
+    return results
+
+
+def check_method(method: str, options: Iterable[str]) -> None:
+    if method not in METHODS:
+        raise ValueError(f"unknown method {method!r}; there are {', '.join(METHODS)}")
+    known = list(inspect.signature(METHODS[method]).parameters)[1:]
+    unknown = [option for option in options if option not in known]
+    if unknown:
+        raise ValueError(f"{method} has no option {', '.join(unknown)}; it has {', '.join(known) or 'none'}")
 
 
 def patch_grid(model: nn.Module, run: Recording, size: tuple[int, int]) -> tuple[int, tuple[int, int]]:

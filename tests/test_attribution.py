@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
-from libragrad_minimal.attribution import METHODS, attribute
+from libragrad_minimal.attribution import METHODS, attribute, attribute_many
 from libragrad_minimal.recording import record
 from libragrad_minimal.rules import ALI_LRP, ATTN_LRP, DECOMPX, LIBRA, PLAIN
 
@@ -509,3 +509,12 @@ def test_models_that_do_not_fit():
         attribute(tiny_vit().train(), PICTURES, 3)
     with pytest.raises(ValueError, match="no list of blocks"):
         attribute(nn.Linear(2, 2).eval(), torch.randn(1, 2), 0)
+
+
+def test_many_methods_on_one_recording_equal_one_by_one():
+    model, methods = tiny_vit(), {"IxG": {}, "GenAtt": {}, "LeGrad": {}, "Attention Rollout": {"discard_ratio": 0.5}}
+    together = attribute_many(model, PICTURES, 3, methods)
+    for name, options in methods.items():
+        alone = attribute(model, PICTURES, 3, name, **options)
+        torch.testing.assert_close(together[name].scores, alone.scores)
+        torch.testing.assert_close(together[name].maps.flatten(1), alone.scores)

@@ -1,0 +1,149 @@
+"""Measure every attribution method, plain and Libra, on pictures with two objects, for the gallery of notebook 03.
+
+    python data/gallery.py scenes    # the demo ViT on 200 GlyphScenes       -> data/gallery_scenes.npz
+    python data/gallery.py photos    # an ImageNet ViT-Tiny on 100 collages  -> data/gallery_photos.npz
+
+Each file holds names, "method | rules | metric", and values (names, pictures). A run that was stopped goes on where it
+was. The class explained is that one of the picture's two that has the higher logit.
+"""
+
+import argparse
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from tqdm import trange
+
+from libragrad_minimal import ATTN_LRP, LIBRA, PLAIN
+from libragrad_minimal.attribution import attribute_many
+from libragrad_minimal.metrics import (
+    deletion,
+    grid_pointing_game,
+    mass_inside,
+    occlude_patches,
+    pointing_game,
+    segmentation_ap,
+)
+from libragrad_minimal.models import LoadedModel, load_demo, load_pretrained
+from libragrad_minimal.photographs import draw_collage, photograph
+from libragrad_minimal.scenes import draw_scene
+
+FOLDER = Path(__file__).parent
+VIT_TINY = "vit_tiny_patch16_224.augreg_in21k_ft_in1k"
+
+WITHOUT_GRADIENTS = {"RawAtt": {}, "Attention Rollout": {}, "Random": {}}
+WITH_GRADIENTS = {
+    "IxG": {},
+    "FullGrad": {},
+    "FullGrad+": {},
+    "HiResCAM": {},
+    "GradCAM+": {},
+    "XGradCAM+": {},
+    "AttCAT": {},
+    "GenAtt": {},
+    "TokenTM": {},
+    "Gradient Attention Rollout": {},
+    "LeGrad": {},
+    "IG": {"steps": 10},  # instead of 50, to save time
+    "SmoothGrad": {"samples": 10},  # instead of 25
+}
+RUNS = {  # rules -> which methods, with their options
+    "plain": (PLAIN, WITH_GRADIENTS | WITHOUT_GRADIENTS),
+    "Libra": (LIBRA, WITH_GRADIENTS),
+    "AttnLRP": (ATTN_LRP, {"IxG": {}, "FullGrad+": {}}),
+    "residual-aware Libra": (replace(LIBRA, residual=True), {"IxG": {}, "FullGrad+": {}}),
+}
+FUSIONS = ("mean", "max", "min")
+DISCARD_RATIOS = (0.0, 0.3, 0.6, 0.9)
+
+Picture = tuple[Image.Image, np.ndarray, list[int]]  # picture, masks (2, H, W), classes of the two objects
+
+
+def scene(seed: int, vit: LoadedModel) -> Picture:
+    drawn = draw_scene(seed, objects=2)
+    return Image.fromarray(drawn.image), drawn.masks, drawn.classes.tolist()
+
+
+def collage(seed: int, vit: LoadedModel) -> Picture:
+    drawn = draw_collage(seed)
+    classes = [vit.model(vit.transform(photograph(name))[None]).argmax().item() for name in drawn.names]
+    return drawn.image, drawn.masks, classes
+
+
+BENCHMARKS: dict[str, tuple[Callable[[], LoadedModel], Callable, int, tuple[float, ...]]] = {
+    "scenes": (lambda: load_demo("vit"), scene, 200, (0.1, 0.3, 0.5, 0.7, 0.9)),
+    "photos": (lambda: load_pretrained("vit", VIT_TINY), collage, 100, (0.25, 0.5, 0.75)),
+}
+
+
+def measure(vit: LoadedModel, pictures: list[Picture], fractions: tuple[float, ...]) -> dict[str, Tensor]:
+    """ "method | rules | metric" -> one number per picture."""
+    images = torch.stack([vit.transform(picture) for picture, _, _ in pictures])
+    classes = torch.tensor([classes for _, _, classes in pictures])
+    with torch.no_grad():
+        stronger = vit.model(images).gather(1, classes).argmax(1)
+    each = torch.arange(len(pictures))
+    target = classes[each, stronger]
+    masks = torch.stack([torch.from_numpy(masks) for _, masks, _ in pictures])[each, stronger]
+
+    results = {}
+    for name, (rules, methods) in RUNS.items():
+        for method, result in attribute_many(vit.model, images, target, methods, rules).items():
+            results[f"{method} | {name}"] = result
+        if name == "plain":
+            sweep = [
+                ("Attention Rollout", dict(head_fusion=f, discard_ratio=d)) for f in FUSIONS for d in DISCARD_RATIOS
+            ]
+            sweep += [("Gradient Attention Rollout", dict(discard_ratio=d)) for d in DISCARD_RATIOS]
+            for method, options in sweep:
+                label = f"{method} {options.get('head_fusion', '')} {options['discard_ratio']} | {name}"
+                results[label] = attribute_many(vit.model, images, target, {method: options}, rules)[method]
+
+    maps = {name: result.maps for name, result in results.items()}
+    measured = {f"{name} | logit": result.output for name, result in results.items()}
+    for name, scores in maps.items():
+        measured[f"{name} | AP"] = segmentation_ap(scores, masks)
+        measured[f"{name} | pointing game"] = pointing_game(scores, masks)
+        measured[f"{name} | mass inside"] = mass_inside(scores, masks)
+        measured[f"{name} | completeness error"] = results[name].completeness_error
+        if masks[0].float().mean() == 0.5:  # two photographs side by side
+            measured[f"{name} | grid pointing game"] = grid_pointing_game(scores, stronger, grid=(1, 2))
+    in_table = {
+        name: scores for name, scores in maps.items() if name.split(" | ")[0] in WITH_GRADIENTS | WITHOUT_GRADIENTS
+    }
+    deleted = deletion(vit.model, images, in_table, occlude_patches, target=target, fractions=fractions)
+    for name, curves in deleted.items():
+        measured |= {f"{name} | {metric}": values for metric, values in curves.summary().items()}
+    return measured
+
+
+def load_gallery(file: Path) -> dict[str, np.ndarray]:
+    """ "method | rules | metric" -> one number per picture."""
+    saved = np.load(file)
+    return dict(zip(saved["names"].tolist(), saved["values"], strict=True))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("benchmark", choices=BENCHMARKS)
+    parser.add_argument("--pictures", type=int, help="how many (default: all)")
+    parser.add_argument("--chunk", type=int, default=10, help="pictures measured at a time")
+    args = parser.parse_args()
+    load, draw, count, fractions = BENCHMARKS[args.benchmark]
+    file = FOLDER / f"gallery_{args.benchmark}.npz"
+    done = load_gallery(file) if file.exists() else {}
+    vit = load()
+    first = len(next(iter(done.values()), []))
+    for start in trange(first, args.pictures or count, args.chunk):
+        pictures = [draw(seed, vit) for seed in range(start, start + args.chunk)]
+        for name, values in measure(vit, pictures, fractions).items():
+            done[name] = np.append(done.get(name, []), values)
+        np.savez_compressed(file, names=list(done), values=np.float32(list(done.values())))
+
+
+if __name__ == "__main__":
+    main()
