@@ -13,11 +13,23 @@ import random
 import time
 from collections import defaultdict
 from dataclasses import asdict
+from itertools import count
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from questions import KINDS, Question, held_out, held_out_questions, make_questions
+from questions import (
+    ANIMALS,
+    COLOURS,
+    KINDS,
+    NAMES,
+    THINGS,
+    WORDS,
+    Question,
+    held_out,
+    held_out_questions,
+    make_questions,
+)
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from tqdm import tqdm
@@ -42,13 +54,20 @@ CHAT_KINDS = ("colour", "owner", "place")
 Segment = tuple[str, bool]  # a piece of a training text, and whether it is an answer
 
 
-def training_text(rng: random.Random) -> list[Segment]:
-    """A story with up to three questions and their answers, now and then as a chat; never a held-out question."""
+def training_text(rng: random.Random, progress: float = 1.0) -> list[Segment]:
+    """A story with up to three questions and their answers, now and then as a chat; never a held-out question.
+
+    Stories grow longer with the progress of the training (0 to 1): finding one fact among two is learned first.
+    """
+    if rng.random() < 0.1:
+        return repetition(rng)
     kind = rng.choice(list(KINDS))
-    questions = make_questions(rng, kind, size=rng.randint(1, 4), unrelated=rng.choice((0, 0, 1, 2)), count=3)
+    largest = min(4, 2 + int(5 * progress))
+    unrelated = rng.choice((0, 0, 1, 2)) if largest > 2 else 0
+    questions = make_questions(rng, kind, size=rng.randint(1, largest), unrelated=unrelated, count=3)
     questions = [question for question in questions if not held_out(question)]
     if not questions:
-        return training_text(rng)
+        return training_text(rng, progress)
     if kind in CHAT_KINDS and rng.random() < 0.25:
         return chat_text(questions[0])
     end = "\n" if kind == "code" else "."
@@ -56,8 +75,15 @@ def training_text(rng: random.Random) -> list[Segment]:
     for number, question in enumerate(questions):
         starts_text = number == 0 and not question.story
         space = "" if kind == "code" or starts_text else " "
-        text += [(space + question.ask, False), (question.answer, True), (end, False)]
+        text += [(space + question.ask, kind == "copying"), (question.answer, True), (end, False)]
     return [*text, (EOS, False)]
+
+
+def repetition(rng: random.Random) -> list[Segment]:
+    """Random words, then the same again: teaches to look up what followed a word before, which all questions need."""
+    words = rng.sample(NAMES + COLOURS + THINGS + ANIMALS + WORDS, rng.randint(3, 12))
+    text = "".join(f" {word}" for word in words)
+    return [(BOS + text, False), (text, True), (EOS, False)]
 
 
 def chat_text(question: Question) -> list[Segment]:
@@ -104,8 +130,8 @@ def make_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
         hidden_size=128,
         intermediate_size=320,
         num_hidden_layers=4,
-        num_attention_heads=8,
-        num_key_value_heads=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
         max_position_embeddings=512,
         rope_parameters={
             "rope_type": "llama3",
@@ -125,35 +151,44 @@ def make_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
     return LlamaForCausalLM(config)
 
 
-def batches(tokenizer: PreTrainedTokenizerFast, rng: random.Random, batch_size: int):
-    """Endless batches (ids, weight of each id as a target); texts of like length go together, so little is padding."""
-    known: dict[Segment, list[int]] = {}
+def batches(tokenizer: PreTrainedTokenizerFast, rng: random.Random, batch_size: int, done: int, steps: int):
+    """For every step four lists of texts, as (ids, weight of each id as a target), both (batch_size / 4, T).
+
+    Texts of like length go together, so little is padding; four different lengths make a step, so that no step sees one
+    kind of question only.
+    """
+    known: dict[str, list[int]] = {}
 
     def encode(piece: str) -> list[int]:
         if piece not in known:
-            if len(known) > 200_000:
-                known.clear()
             known[piece] = tokenizer(piece, add_special_tokens=False)["input_ids"]
         return known[piece]
 
-    while True:
+    def padded(rows: list[list[float]], value: float) -> torch.Tensor:
+        width = max(map(len, rows))
+        return torch.tensor([row + [value] * (width - len(row)) for row in rows])
+
+    at_once, quarter = 8, batch_size // 4
+    for step in count(done, at_once):
+        known.clear()
         texts = []
-        for _ in range(batch_size * 32):
+        for _ in range(batch_size * at_once):
             ids, weights = [], []
-            for piece, is_answer in training_text(rng):
-                piece_ids = encode(piece)
-                ids += piece_ids
-                weights += [1.0 if is_answer else 0.05] * len(piece_ids)
+            for piece, is_answer in training_text(rng, step / steps):
+                ids += encode(piece)
+                weights += [1.0 if is_answer else 0.05] * (len(ids) - len(weights))
             texts.append((ids, weights))
         texts.sort(key=lambda text: len(text[0]))
-        groups = [texts[start : start + batch_size] for start in range(0, len(texts), batch_size)]
+        groups = [texts[start : start + quarter] for start in range(0, len(texts), quarter)]
         rng.shuffle(groups)
-        for group in groups:
-            width = max(len(ids) for ids, _ in group)
-            yield (
-                torch.tensor([ids + [tokenizer.pad_token_id] * (width - len(ids)) for ids, _ in group]),
-                torch.tensor([weights + [0.0] * (width - len(weights)) for _, weights in group]),
-            )
+        for start in range(0, len(groups), 4):
+            yield [
+                (
+                    padded([ids for ids, _ in group], tokenizer.pad_token_id),
+                    padded([weights for _, weights in group], 0.0),
+                )
+                for group in groups[start : start + 4]
+            ]
 
 
 def train(
@@ -162,6 +197,7 @@ def train(
     torch.manual_seed(seed)
     tokenizer = make_tokenizer(seed)
     model = make_model(tokenizer)
+    model.set_attn_implementation("eager")  # for texts this short faster than the fused kernel, above all in bf16
     optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, betas=(0.9, 0.98), weight_decay=0.05)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, total_steps=steps, pct_start=0.05)
     done, seconds = 0, 0.0
@@ -176,24 +212,24 @@ def train(
     parameters = sum(parameter.numel() for parameter in model.parameters())
     print(f"{parameters:,} parameters, {len(tokenizer)} tokens, starting at step {done}")
 
-    data = batches(tokenizer, random.Random(seed + 1000 + done), batch_size)
+    data = batches(tokenizer, random.Random(seed + 1000 + done), batch_size, done, steps)
     progress = tqdm(range(done, steps), initial=done, total=steps, desc="training", mininterval=5)
     started = time.time()
     for step in progress:
-        ids, weights = next(data)
-        logits = model(ids).logits[:, :-1]
-        each = F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="none")
-        weights = weights[:, 1:].flatten()
-        loss = (each * weights).sum() / weights.sum()
         optimizer.zero_grad()
-        loss.backward()
+        parts, right = next(data), []
+        total = sum(weights[:, 1:].sum() for _, weights in parts)
+        for ids, weights in parts:
+            with torch.autocast("cpu", dtype=torch.bfloat16):
+                logits = model(ids).logits[:, :-1].flatten(0, 1)
+            targets, weights = ids[:, 1:].flatten(), weights[:, 1:].flatten()
+            losses = F.cross_entropy(logits.float(), targets, reduction="none")
+            ((losses * weights).sum() / total).backward()
+            right.append((logits.argmax(-1) == targets)[weights == 1])
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         schedule.step()
-        if (step + 1) % 50 == 0:
-            answers = weights == 1
-            right = (logits.flatten(0, 1).argmax(-1) == ids[:, 1:].flatten())[answers].float().mean()
-            progress.set_postfix(loss=f"{each[answers].mean():.3f}", right=f"{right:.3f}")
+        progress.set_postfix(right=f"{torch.cat(right).float().mean():.2f}", refresh=False)
         if (step + 1) % 500 == 0 or step + 1 == steps:
             CHECKPOINT.parent.mkdir(exist_ok=True)
             parts = {"model": model, "optimizer": optimizer, "schedule": schedule}
@@ -250,8 +286,8 @@ def evaluate(count: int) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=10_000, help="optimizer steps (default: %(default)s)")
-    parser.add_argument("--batch-size", type=int, default=64, help="texts in a step (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=8000, help="optimizer steps (default: %(default)s)")
+    parser.add_argument("--batch-size", type=int, default=48, help="texts in a step (default: %(default)s)")
     parser.add_argument(
         "--learning-rate", type=float, default=2e-3, help="peak of the one-cycle schedule (default: %(default)s)"
     )

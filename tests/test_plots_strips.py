@@ -1,0 +1,170 @@
+"""Token strips: what is escaped, muted, coloured; and what a real browser makes of the HTML."""
+
+import re
+import shutil
+import subprocess
+from html.parser import HTMLParser
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from libragrad_minimal.plots import NEGATIVE, POSITIVE, STRONGEST, Strip, TokenStrips, visible
+
+HOSTILE = [
+    "<script>document.title = 'it ran'</script>",
+    "<img src=x onerror=\"document.title='it ran'\">",
+    "' onload='",
+    "&lt;",
+]
+
+
+class Reader(HTMLParser):
+    """Collects the text of a page, its tags, and the spans' hover texts and styles."""
+
+    def __init__(self, html: str):
+        super().__init__()
+        self.text, self.tags, self.spans = "", [], []
+        self.feed(html)
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append(tag)
+        if tag == "span":
+            self.spans.append(dict(attributes))
+
+    def handle_data(self, data):
+        self.text += data
+
+
+def html(*strips: Strip) -> str:
+    return TokenStrips(*strips)._repr_html_()
+
+
+def opacity(span: dict) -> float:
+    return float(re.search(r"rgba\(\d+,\d+,\d+,([\d.]+)\)", span["style"]).group(1))
+
+
+@given(st.lists(st.tuples(st.text(st.characters(exclude_categories=["Cs", "Cc"])), st.floats(-1e6, 1e6)), max_size=20))
+@settings(deadline=None)
+def test_any_token_shows_as_text(pairs):
+    page = Reader(html(Strip([token for token, _ in pairs], [score for _, score in pairs], "a <b>title</b>")))
+    assert page.text == "a <b>title</b>" + "".join(visible(token) for token, _ in pairs)
+    assert set(page.tags) <= {"div", "span", "br"}
+    assert len(page.spans) == len(pairs)
+
+
+def test_whitespace_is_visible_and_lines_break():
+    page = Reader(html(Strip([" a", "\t", "b\n", "c"], [1, 1, 1, 1])))
+    assert page.text == "·a⇥b↵c"
+    assert page.tags.count("br") == 1
+
+
+def test_sign_strength_and_hover():
+    up, down, weak, none = Reader(html(Strip(list("abcd"), [2.0, -1.0, 0.05, 0.0]))).spans
+    assert "{},{},{}".format(*POSITIVE) in up["style"] and "{},{},{}".format(*NEGATIVE) in down["style"]
+    assert opacity(up) == pytest.approx(STRONGEST) and opacity(down) == pytest.approx(STRONGEST / 2)
+    assert opacity(weak) < 0.05 and opacity(none) == 0
+    assert "dotted" in down["style"] and "dotted" not in up["style"]  # the sign survives without colour
+    assert (up["title"], down["title"]) == ("+2", "-1")
+
+
+def test_muted_tokens_carry_no_colour_and_do_not_set_the_scale():
+    muted, kept = Reader(html(Strip(["role", "word"], [100.0, 1.0], muted={0}))).spans
+    assert "rgba" not in muted["style"] and muted["title"] == "not scored"
+    assert opacity(kept) == pytest.approx(STRONGEST)
+
+
+def test_scores_may_be_a_tensor_zero_or_not_a_number():
+    assert Strip(["a", "b"], torch.tensor([0.5, -1.0])).opacities() == [0.5, -1.0]
+    assert Strip(["a", "b"], [0.0, 0.0]).opacities() == [0, 0]
+    assert Strip(["a", "b"], [float("nan"), 2.0]).opacities() == [0, 1]
+    assert Strip([], []).opacities() == []
+    TokenStrips(Strip([], []), Strip(["a"], [float("nan")])).figure()
+
+
+def test_wrong_number_of_scores_is_refused():
+    with pytest.raises(ValueError, match="2 tokens but 1 scores"):
+        Strip(["a", "b"], [1.0])
+
+
+def test_colours_differ_for_colour_blind_eyes():
+    """The two hues under simulated deuteranopia and protanopia (Viénot, Brettel and Mollon 1999) stay far apart."""
+    to_lms = torch.tensor([[17.8824, 43.5161, 4.11935], [3.45565, 27.1554, 3.86714], [0.0299566, 0.184309, 1.46709]])
+    blind = {
+        "protanopia": torch.tensor([[0, 2.02344, -2.52581], [0, 1, 0], [0, 0, 1.0]]),
+        "deuteranopia": torch.tensor([[1, 0, 0], [0.494207, 0, 1.24827], [0, 0, 1.0]]),
+    }
+    pair = torch.tensor([POSITIVE, NEGATIVE]) / 255
+    for projection in blind.values():
+        seen = (torch.linalg.inv(to_lms) @ projection @ to_lms @ pair.T).T.clamp(0, 1)
+        assert (seen[0] - seen[1]).norm() > 0.5
+
+
+@pytest.mark.parametrize("background", [(255, 255, 255), (17, 17, 17)], ids=["light", "dark"])
+def test_text_is_readable_on_light_and_dark_pages(background):
+    """Contrast of black (white) text on the strongest colours is at least 4.5, the WCAG AA threshold."""
+
+    def luminance(colour):
+        channels = [c / 12.92 if c <= 0.03928 else ((c + 0.055) / 1.055) ** 2.4 for c in (c / 255 for c in colour)]
+        return sum(weight * channel for weight, channel in zip((0.2126, 0.7152, 0.0722), channels, strict=True))
+
+    text = (17, 17, 17) if background[0] > 128 else (238, 238, 238)
+    for hue in (POSITIVE, NEGATIVE):
+        mixed = [STRONGEST * a + (1 - STRONGEST) * b for a, b in zip(hue, background, strict=True)]
+        light, dark = sorted((luminance(text), luminance(mixed)), reverse=True)
+        assert (light + 0.05) / (dark + 0.05) >= 4.5
+
+
+def test_figure_draws_every_token_inside_its_page():
+    tokens = ["Anna", " has", "\n", "$x^2$", "<b>", "\u6f22", " word"] * 30
+    figure = TokenStrips(Strip(tokens, range(len(tokens)), "title $1")).figure(width=6)
+    figure.canvas.draw()
+    shown = [text.get_text() for text in figure.axes[0].texts]
+    assert shown == ["title $1", *["Anna", "·has", "↵", "$x^2$", "<b>", "□", "·word"] * 30]  # no glyph, no warning
+    page = figure.bbox
+    for text in figure.axes[0].texts:
+        box = text.get_window_extent()
+        assert box.x0 >= page.x0 and box.x1 <= page.x1 + 1 and box.y0 >= page.y0 - 1 and box.y1 <= page.y1 + 1
+
+
+@pytest.fixture(scope="module")
+def browser():
+    path = shutil.which("chromium") or shutil.which("google-chrome")
+    if path is None:
+        pytest.skip("no chromium on this machine: the strips are not tried in a browser")
+
+    def run(page, folder, *action):
+        quiet = "--disable-gpu --disable-background-networking --disable-component-update --disable-sync --no-first-run"
+        command = [path, "--headless", "--no-sandbox", *quiet.split(), f"--user-data-dir={folder / 'profile'}"]
+        return subprocess.run([*command, *action, page.as_uri()], capture_output=True, text=True, timeout=120).stdout
+
+    return run
+
+
+def page_with(strips: str, folder, style="background:#fff;color:#111"):
+    page = folder / "page.html"
+    page.write_text(f"<!doctype html><meta charset=utf-8><title>quiet</title><body style='{style}'>{strips}")
+    return page
+
+
+@pytest.mark.slow
+def test_no_script_runs_in_a_browser(browser, tmp_path):
+    strips = html(Strip(HOSTILE, range(len(HOSTILE)), title=HOSTILE[0]))
+    assert "<title>quiet</title>" in browser(page_with(strips, tmp_path), tmp_path, "--dump-dom")
+    unescaped = page_with(HOSTILE[0], tmp_path)  # the check can fail: the same text unescaped does run
+    assert "<title>it ran</title>" in browser(unescaped, tmp_path, "--dump-dom")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("style", ["background:#fff;color:#111", "background:#111;color:#eee"], ids=["light", "dark"])
+def test_colours_reach_the_screen_on_light_and_dark_pages(browser, tmp_path, style):
+    strips = html(Strip([" for" * 5, " against" * 5, " script"], [1.0, -1.0, 0.0]))
+    picture = tmp_path / "page.png"
+    browser(page_with(strips, tmp_path, style), tmp_path, f"--screenshot={picture}", "--window-size=900,200")
+    seen = {colour for _, colour in Image.open(picture).convert("RGB").getcolors(1_000_000)}
+    background = 255 if "#fff" in style else 17
+    for hue in (POSITIVE, NEGATIVE):
+        mixed = [STRONGEST * channel + (1 - STRONGEST) * background for channel in hue]
+        assert min(max(abs(a - b) for a, b in zip(colour, mixed, strict=True)) for colour in seen) <= 3
