@@ -237,9 +237,13 @@ def read_checkpoint(path: Path) -> Checkpoint:
     try:
         with safe_open(path, framework="pt") as file:
             tensors = {name: file.get_tensor(name).float() for name in file.keys()}
-            return Checkpoint(path, tensors, file.metadata() or {})
+            header = file.metadata() or {}
     except SafetensorError as error:
         raise damaged(path, f"it can't be read as safetensors ({error})") from error
+    for name, tensor in tensors.items():
+        if not tensor.isfinite().all():
+            raise damaged(path, f"{name} holds NaN or infinity")
+    return Checkpoint(path, tensors, header)
 
 
 def damaged(path: Path, why: str) -> ValueError:

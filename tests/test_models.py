@@ -1,0 +1,140 @@
+"""Loading models: what is said about them holds, and a missing or damaged file is named with its cure."""
+
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from libragrad_minimal import models
+from libragrad_minimal.models import load_demo, load_pretrained
+from libragrad_minimal.photographs import photograph
+from libragrad_minimal.scenes import CLASSES, draw_scene
+
+VIT_TINY = "vit_tiny_patch16_224.augreg_in21k_ft_in1k"
+
+
+def tokens_entering_each_block(vit, images):
+    shapes = []
+    handles = [block.register_forward_pre_hook(lambda _, x: shapes.append(x[0].shape)) for block in vit.blocks]
+    with torch.no_grad():
+        vit.model(images)
+    for handle in handles:
+        handle.remove()
+    return shapes
+
+
+def test_the_demo_vit_is_as_described():
+    vit = load_demo("vit")
+    assert not vit.model.training
+    assert vit.class_names == list(CLASSES)
+    expected = (2, vit.prefix_tokens + vit.grid[0] * vit.grid[1], vit.model.embed_dim)
+    assert tokens_entering_each_block(vit, torch.zeros(2, 3, 64, 64)) == [expected] * len(vit.blocks)
+
+
+def test_the_demo_vit_knows_its_glyphs():
+    """A floor well below the card's 2,000-scene numbers, on 200 scenes that training never saw."""
+    vit = load_demo("vit")
+    for objects, floor in ((1, 0.95), (2, 0.85)):
+        scenes = [draw_scene(50_000 + i, objects) for i in range(200)]
+        with torch.no_grad():
+            logits = vit.model(torch.stack([vit.transform(Image.fromarray(scene.image)) for scene in scenes]))
+        top = logits.topk(objects).indices.tolist()
+        assert np.mean([set(t) == set(scene.classes) for t, scene in zip(top, scenes, strict=True)]) >= floor
+
+
+def test_the_demo_transform_keeps_pixels_and_cuts_the_middle():
+    transform = load_demo("vit").transform
+    scene = draw_scene(0)
+    pixels = (transform(Image.fromarray(scene.image)).permute(1, 2, 0) + 1) * 127.5
+    assert np.allclose(pixels, scene.image, atol=0.01)
+    wide = np.zeros((64, 192, 4), np.uint8)
+    wide[:, 64:128, 0], wide[..., 3] = 255, 255
+    red = transform(Image.fromarray(wide))
+    assert red.shape == (3, 64, 64) and (red[0] == 1).all() and (red[1:] == -1).all()
+
+
+@pytest.mark.parametrize("load", [load_demo, lambda kind: load_pretrained(kind, "name")])
+def test_unknown_kinds_are_named(load):
+    with pytest.raises(ValueError, match="unknown kind of model 'mlp'; there are vit"):
+        load("mlp")
+
+
+@pytest.fixture
+def checkpoint(tmp_path, monkeypatch):
+    """A copy of the demo ViT's file that a test may damage."""
+    path = tmp_path / "demo_vit.safetensors"
+    shutil.copy(models.DATA / path.name, path)
+    monkeypatch.setattr(models, "DATA", tmp_path)
+    return path
+
+
+def assert_load_fails(error, path, reason):
+    with pytest.raises(error) as caught:
+        load_demo("vit")
+    message = str(caught.value)
+    assert str(path) in message and reason in message
+    assert "python data/train_vit.py" in message and "git checkout -- data/demo_vit.safetensors" in message
+
+
+def test_missing_checkpoint(checkpoint):
+    checkpoint.unlink()
+    assert_load_fails(FileNotFoundError, checkpoint, "missing")
+
+
+@pytest.mark.parametrize("kept", [0, 5, 1000, -1000])
+def test_truncated_checkpoint(checkpoint, kept):
+    checkpoint.write_bytes(checkpoint.read_bytes()[:kept])
+    assert_load_fails(ValueError, checkpoint, "can't be read as safetensors")
+
+
+def test_checkpoint_of_another_shape(checkpoint):
+    with safe_open(checkpoint, "pt") as file:
+        header = file.metadata()
+    tensors = load_file(checkpoint)
+    save_file({**tensors, "head.weight": tensors["head.weight"][:5].clone()}, checkpoint, header)
+    assert_load_fails(ValueError, checkpoint, "don't fit")
+
+
+@pytest.mark.parametrize("header", [None, {"architecture": "{"}])
+def test_checkpoint_with_a_useless_header(checkpoint, header):
+    save_file(load_file(checkpoint), checkpoint, header)
+    assert_load_fails(ValueError, checkpoint, "architecture")
+
+
+def test_checkpoint_with_broken_numbers(checkpoint):
+    with safe_open(checkpoint, "pt") as file:
+        header = file.metadata()
+    tensors = load_file(checkpoint)
+    tensors["norm.weight"][3] = float("nan")
+    save_file(tensors, checkpoint, header)
+    assert_load_fails(ValueError, checkpoint, "norm.weight")
+
+
+def test_a_real_vit_is_as_described(shared):
+    vit = load_pretrained("vit", VIT_TINY)
+    assert (vit.prefix_tokens, vit.grid, len(vit.blocks), len(vit.class_names)) == (1, (14, 14), 12, 1000)
+    images = torch.stack([vit.transform(photograph(name)) for name in ("cat", "coffee")])
+    assert tokens_entering_each_block(vit, images) == [(2, 1 + 14 * 14, 192)] * 12
+    with torch.no_grad():
+        cat, coffee = (vit.class_names[i] for i in vit.model(images).argmax(1))
+    assert "cat" in cat and coffee == "espresso"
+
+
+def test_a_square_picture_is_seen_whole(shared):
+    """Else a map would be laid over pixels that the model never saw."""
+    framed = np.zeros((224, 224, 3), np.uint8)
+    framed[[0, -1], :] = framed[:, [0, -1]] = 255
+    assert (load_pretrained("vit", VIT_TINY).transform(Image.fromarray(framed))[:, 0] > 0.9).all()
+
+
+def test_a_model_without_blocks_is_refused(monkeypatch):
+    import timm
+
+    create = timm.create_model
+    monkeypatch.setattr(timm, "create_model", lambda name, pretrained: create(name))
+    with pytest.raises(ValueError, match="resnet18 has no blocks"):
+        load_pretrained("vit", "resnet18")
