@@ -27,7 +27,7 @@ def test_shapes_and_visible_objects(objects):
 
 @pytest.mark.parametrize("objects", [1, 2, 3])
 def test_masks_are_where_the_paint_is(objects):
-    """Painted white instead of red, an object turns greener by 200 where it hides all else, by less than half elsewhere."""
+    """Painted white, not red, an object is greener by 200 where it hides all else, and by less than half elsewhere."""
     for seed in range(30):
         colours = ["red"] * objects
         for i in range(objects):
