@@ -1,4 +1,4 @@
-"""libra_grad, balanced, audit: run autograd with the repairs of a walk installed on its graph, and nothing left behind."""
+"""libra_grad, balanced, audit: autograd with the repairs of a walk installed on its graph, and nothing left behind."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ class Balancing:
     is_call: bool
 
 
-# Whose each running backward pass is, by autograd's own number for the pass. A hook acts in its owner's passes only: a plain
-# backward pass, another thread or a nested call on the same graph passes it by.
+# Whose each running backward pass is, by autograd's own number for the pass. A hook acts in its owner's passes only:
+# a plain backward pass, another thread or a nested call on the same graph passes it by.
 _owners: dict[int, Balancing] = {}
 
 
 @contextlib.contextmanager
 def installed(walk: Walk, entrances: Sequence[Node], balancing: Balancing) -> Iterator[None]:
-    """The walk's hooks on its graph, acting in backward passes that come in through `entrances`; removed in any case."""
+    """The walk's hooks on its graph, for backward passes that come in through `entrances`; removed in any case."""
     passes: list[int] = []
     handles = []
 
@@ -100,7 +100,7 @@ def balanced(
         with balanced(logits, images):
             cat, dog = (torch.autograd.grad(logits[:, c].sum(), images, retain_graph=True)[0] for c in (281, 207))
 
-    output: any shape. inputs: the tensors that gradients are wanted for; `.backward()` works too. Raises as libra_grad does.
+    output: any shape. inputs: the tensors that gradients are wanted for. `.backward()` works too. Raises as libra_grad.
     """
     outputs = as_tuple(output)
     check_outputs(outputs)
@@ -121,7 +121,7 @@ def audit(output: Tensor | Sequence[Tensor], inputs: Tensor | Sequence[Tensor], 
         return walk_graph(outputs, as_tuple(inputs), rules, allow_unused=False).audit()
 
 
-# ---- what goes in and comes out ----------------------------------------------------------------------------------------
+# ---- what goes in and comes out --------------------------------------------------------------------------------------
 
 
 def as_tuple(tensors: Tensor | Sequence[Tensor]) -> tuple[Tensor, ...]:
@@ -133,13 +133,13 @@ def checked_options(outputs: Sequence[Tensor], options: dict) -> dict:
     for name in ("create_graph", "is_grads_batched"):
         if options.pop(name, False):
             raise ValueError(
-                f"{name}=True is not supported: balanced gradients are repaired node by node, outside of any graph of their own"
+                f"{name}=True is not supported: balanced gradients are repaired node by node, outside of any graph"
             )
     for i, output in enumerate(outputs):
         if output.dim() > 1 and options.get("grad_outputs") is None:
             raise ValueError(
-                f"output {i} has shape {tuple(output.shape)}, which is not one scalar per sample: choose a logit, for example "
-                "logits[:, target], or pass grad_outputs"
+                f"output {i} has shape {tuple(output.shape)}, which is not one scalar per sample: choose a logit, "
+                "for example logits[:, target], or pass grad_outputs"
             )
     return options
 
@@ -148,14 +148,14 @@ def check_outputs(outputs: Sequence[Tensor]) -> None:
     for i, output in enumerate(outputs):
         if output.grad_fn is None:
             raise ValueError(
-                f"output {i} has no graph: compute it outside torch.no_grad() and torch.inference_mode(), without .detach(), from "
-                "inputs that require grad"
+                f"output {i} has no graph: compute it from inputs that require grad, outside torch.no_grad() and "
+                "torch.inference_mode(), without .detach()"
             )
-        if not torch.isfinite(output).all():
-            worst = torch.nonzero(~torch.isfinite(output.detach()).reshape(-1))[0].item()
+        bad = output.detach()[~torch.isfinite(output)]
+        if len(bad):
             raise ValueError(
-                f"output {i} is {output.detach().reshape(-1)[worst].item()} at flat index {worst}: the forward pass overflowed or divided by "
-                "zero. Look at its inputs, or run the model in a wider dtype."
+                f"output {i} is {bad[0].item()} in {len(bad)} of {output.numel()} places: the forward pass overflowed or "
+                "divided by zero. Look at its inputs, or run the model in a wider dtype."
             )
 
 
@@ -169,24 +169,26 @@ def walk_graph(outputs: Sequence[Tensor], inputs: Sequence[Tensor], rules: Rules
     for i, tensor in enumerate(inputs):
         if not tensor.requires_grad:
             raise ValueError(
-                f"input {i} of shape {tuple(tensor.shape)} does not require grad: call .requires_grad_() on it before the "
-                "forward pass"
+                f"input {i} of shape {tuple(tensor.shape)} does not require grad: call .requires_grad_() on it "
+                "before the forward pass"
             )
     edges = [edge_of(tensor) for tensor in inputs]
     walk = Walk([edge_of(output) for output in outputs], set(edges), rules)
     for i, (node, _) in enumerate(edges):
         if node not in walk.edges and not allow_unused:
             raise ValueError(
-                f"input {i} of shape {tuple(inputs[i].shape)} is not in the graph of the output: pass the very tensor that the model was "
-                "given (a copy made afterwards is another tensor), or allow_unused=True"
+                f"input {i} of shape {tuple(inputs[i].shape)} is not in the graph of the output: pass the very tensor that "
+                "the model was given (a copy made afterwards is another tensor), or allow_unused=True"
             )
     return walk
 
 
 def balanced_walk(outputs: Sequence[Tensor], inputs: Sequence[Tensor], rules: Rules, allow_unused: bool) -> Walk:
-    """A walk whose every operation has a rule. Plain rules change nothing, so they refuse nothing."""
+    """A walk whose every operation has a rule. Plain rules are torch.autograd: they change and refuse nothing."""
     walk = walk_graph(outputs, inputs, rules, allow_unused)
-    if rules != PLAIN:
+    if rules == PLAIN:
+        walk.hooks.clear()
+    else:
         walk.raise_refusals()
     return walk
 
@@ -199,7 +201,8 @@ def explained_errors() -> Iterator[None]:
         if "backward through the graph a second time" not in str(error):
             raise
         raise RuntimeError(
-            "the graph of this output has been freed by an earlier backward pass: pass retain_graph=True to that one, or run the model again"
+            "the graph of this output has been freed by an earlier backward pass: pass retain_graph=True to that one, "
+            "or run the model again"
         ) from error
 
 
@@ -208,7 +211,7 @@ def checked_gradient(gradient: Tensor | None, tensor: Tensor, index: int, walk: 
         return torch.zeros_like(tensor) if edge_of(tensor)[0] in walk.edges else None  # reached through constants only
     if not torch.isfinite(gradient).all():
         raise ValueError(
-            f"the gradient of input {index} is not finite although the output is: the backward pass overflowed. Run the model in a "
-            "wider dtype (float32 for float16)."
+            f"the gradient of input {index} is not finite although the output is: the backward pass overflowed. Run the "
+            "model in a wider dtype (float32 for float16)."
         )
     return gradient

@@ -13,7 +13,7 @@ from .rules import LIBRA, operation_name, operation_of
 
 
 def additive_constants(output: Tensor | Sequence[Tensor], inputs: Tensor | Sequence[Tensor]) -> tuple[Tensor, ...]:
-    """The parameters that are *added* to the streams between `inputs` and `output`: biases, class token, position embedding.
+    """The parameters that are *added* between `inputs` and `output`: biases, class token, position embedding.
 
     With them, libra_grad is complete (Mehri et al. 2025, FullGrad-completeness):
     output = sum of <t, g> over t, g in zip((x, *constants), libra_grad(output, (x, *constants))).

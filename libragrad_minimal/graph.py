@@ -1,8 +1,8 @@
 """What a graph is made of and what has to be done to balance it: the walk from an output to its inputs.
 
-The walk goes twice over the nodes. From the inputs to the output it finds what each node computes of them: a *stream*, whose
-attribution is wanted, or only a function of *gates* (a softmax, a sigmoid, a reciprocal norm). From the output back
-it decides which nodes carry gradient, and how; a gate that multiplies a stream is held constant there.
+The walk goes twice over the nodes. From the inputs to the output it finds what each node computes of them: a *stream*,
+whose attribution is wanted, or only a function of *gates* (a softmax, a sigmoid, a reciprocal norm). From the output
+back it decides which nodes carry gradient, and how; a gate that multiplies a stream is held constant there.
 """
 
 from __future__ import annotations
@@ -196,7 +196,7 @@ class Walk:
         if self.rules.residual and len(live) == 2 and OPERANDS in node.metadata:
             self.treat(node, SHARED, shared_by_sign)
         else:
-            self.treat(node, "linear")
+            self.treat(node, "linear", operation.backward)
         return live
 
     def balanced(self, node, operation, live):
@@ -307,7 +307,7 @@ def check_forward(node: Node) -> None:
     where = f"{name} in the graph of the output"
     if name.endswith("BatchNorm") and saved(node, "training") and saved(node, "input").shape[0] > 1:
         raise ValueError(
-            f"{where}: batch norm in training mode mixes the samples of a batch. Call model.eval() before the forward pass."
+            f"{where}: batch norm in training mode mixes the samples. Call model.eval() before the forward pass."
         )
     dropped = name == "NativeDropout" or getattr(node, "_saved_dropout_p", 0) > 0
     if name == "Mul" and not dropped:

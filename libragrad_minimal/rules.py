@@ -1,8 +1,8 @@
 """What every autograd operation's balanced backward is: one table, no models.
 
-A layer is *complete* when its output equals <input, gradient> plus its additive constants. Euler's theorem says which layers are:
-those that are homogeneous of degree one. The table below names, for each operation PyTorch records, the role it plays, and
-for the offenders the backward pass that repairs it (Mehri et al. 2025, section 3 and theorems 4 and 5).
+A layer is *complete* when its output equals <input, gradient> plus its additive constants. Euler's theorem says which
+layers are: those that are homogeneous of degree one. The table below names, for each operation PyTorch records, the role
+it plays, and for the offenders the backward pass that repairs them (Mehri et al. 2025, section 3, theorems 4 and 5).
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import re
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import cache
 from typing import Literal
 
 import torch
@@ -28,8 +28,9 @@ class Rules:
     """Which repairs are on. A repair that is off leaves PyTorch's own derivative.
 
     attention:  True holds the attention map constant, so that only the values carry gradient (theorem 5);
-                "halve" keeps the softmax's derivative and halves every product inside attention (AttnLRP: q/4, k/4, v/2).
-    activation: GELU, SiLU and relatives get the slope f(x)/x; sigmoid, tanh, erf that multiply a stream are constant (theorem 5).
+                "halve" keeps the softmax's derivative and halves every product around it (AttnLRP: q/4, k/4, v/2).
+    activation: GELU, SiLU and relatives get the slope f(x)/x; a sigmoid or tanh that multiplies a stream is constant
+                (theorem 5).
     norm:       the denominator of a normalisation or division is constant (theorem 5, corollary 2).
     product:    each factor of a product of two streams gets half the gradient; x**k gets 1/k of it (theorem 4, Euler).
     residual:   share a residual addition's relevance by sign agreement (ResLRP, Berend et al. 2026); the forward pass
@@ -63,8 +64,8 @@ class Operation:
 
     linear:   homogeneous of degree one in its live operands together; its own derivative is complete.
     balanced: computes one output stream from one input stream; `backward` is its repair, switched by `rule`.
-    gate:     a nonlinearity without a degree. Constant where it multiplies a stream; where it *is* the stream, `backward` is its
-              complete form, and without one it is refused.
+    gate:     a nonlinearity without a degree. Constant where it multiplies a stream; where it *is* the stream,
+              `backward` is its complete form, and without one it is refused.
     product:  bilinear in the operands `factors`, linear in the others.
     division: operand 0 over operand 1.
     power:    operand 0 to a constant exponent.
@@ -142,8 +143,8 @@ def tanh_secant(node, grad_inputs, grad_outputs):
     y = saved(node, "result")
     if (1 - precise(y).abs() < 16 * torch.finfo(y.dtype).eps).any():
         raise ArithmeticError(
-            f"a tanh that carries the stream is saturated: in {y.dtype} its result no longer tells its argument, and its "
-            "balanced slope tanh(x)/x cannot be computed. Run the model in float64 (model.double()), or call rules.without('activation')."
+            f"a tanh that carries the stream is saturated: in {y.dtype} its result no longer tells its argument, so "
+            "that its balanced slope tanh(x)/x is unknown. Run the model in float64: model.double()."
         )
     y = precise(y)
     ratio = torch.where(y == 0, 1, y / torch.atanh(torch.where(y == 0, 0.5, y)))
@@ -201,16 +202,30 @@ def group_norm(node, grad_inputs, grad_outputs):
 
 
 def batch_norm(node, grad_inputs, grad_outputs):
-    """In eval mode batch norm is affine. With statistics of its own input it is a norm, as instance norm is."""
-    if not saved(node, "training"):
-        return grad_inputs
+    """Batch norm with the statistics of its own input is a norm, as instance norm is."""
     weight, rstd = saved(node, "weight"), saved(node, "result2")
     gradient = precise(grad_outputs[0])
-    channels = [1, -1] + [1] * (gradient.dim() - 2)
     if weight is not None:
-        gradient = gradient * weight.reshape(channels)
+        gradient = gradient * per_channel(weight, gradient)
     centred = gradient - gradient.mean([0, *range(2, gradient.dim())], keepdim=True)
-    return replaced(grad_inputs, centred * rstd.reshape(channels))
+    return replaced(grad_inputs, centred * per_channel(rstd, gradient))
+
+
+def affine_batch_norm(node, grad_inputs, grad_outputs):
+    """With running statistics it is affine and needs no repair, but PyTorch's own derivative on the CPU is wrong where
+    the gradient arrives in another memory layout than the input had (seen in torch 2.15)."""
+    gradient, x = precise(grad_outputs[0]), precise(saved(node, "input"))
+    weight, mean, variance = saved(node, "weight"), saved(node, "running_mean"), saved(node, "running_var")
+    rstd = torch.rsqrt(variance + saved(node, "eps"))
+    to_x = gradient * per_channel(rstd if weight is None else rstd * weight, gradient)
+    to_weight = gradient * (x - per_channel(mean, x)) * per_channel(rstd, x)
+    channels_apart = [0, *range(2, gradient.dim())]
+    results = (to_x, to_weight.sum(channels_apart), gradient.sum(channels_apart))
+    return tuple(None if g is None else mine.to(g.dtype) for g, mine in zip(grad_inputs, results, strict=True))
+
+
+def per_channel(values: Tensor, like: Tensor) -> Tensor:
+    return values.reshape([1, -1] + [1] * (like.dim() - 2))
 
 
 # ---- products, powers, attention -------------------------------------------------------------------------------------
@@ -241,16 +256,17 @@ def exponent_of(node) -> float:
 # ---- the table -------------------------------------------------------------------------------------------------------
 
 LINEAR = """
-Add Sub Rsub Neg Sum Mean Cumsum Trace Clone Alias ToCopy Copy Contiguous View UnsafeView Reshape ReshapeAlias AsStrided Expand Permute
-Transpose T Mt Movedim Unsqueeze Squeeze Slice Select Narrow Index IndexSelect Gather TakeAlongDim MaskedSelect Take Cat Stack Split
-UnsafeSplit SplitWithSizes UnsafeSplitWithSizes Unbind Chunk Repeat RepeatInterleave Roll Flip Rot90 Unfold Im2Col Col2Im Diagonal Tril
-Triu MaskedFill MaskedScatter Where IndexPut IndexAdd IndexCopy IndexFill Scatter ScatterAdd SliceScatter SelectScatter ConstantPadNd
-ReflectionPad1D ReflectionPad2D ReplicationPad1D ReplicationPad2D AvgPool1D AvgPool2D AvgPool3D AdaptiveAvgPool2D AdaptiveAvgPool3D
-MkldnnAdaptiveAvgPool2D MaxPool2DWithIndices MaxPool3DWithIndices AdaptiveMaxPool2D UpsampleNearest1D UpsampleNearest2D
-UpsampleBilinear2D UpsampleBicubic2D UpsampleBilinear2DAa UpsampleBicubic2DAa PixelShuffle PixelUnshuffle Embedding
-Relu LeakyRelu RreluWithNoise Threshold Abs Max Min Amax Amin Maximum Minimum Fmax Fmin Sort Topk Kthvalue Median NanToNum
-ViewAsReal ViewAsComplex Real Imag Complex Conj ResolveConj FftR2C FftC2R FftC2C NativeDropout
-MatMul4Bit MatMul8bitLt
+Add Sub Rsub Neg Sum Mean Cumsum Trace Clone Alias ToCopy Copy Contiguous View UnsafeView Reshape ReshapeAlias
+AsStrided Expand Permute Transpose T Mt Movedim Unsqueeze Squeeze Slice Select Narrow Index IndexSelect Gather
+TakeAlongDim MaskedSelect Take Cat Stack Split UnsafeSplit SplitWithSizes UnsafeSplitWithSizes Unbind Chunk Repeat
+RepeatInterleave Roll Flip Rot90 Unfold Im2Col Col2Im Diagonal Tril Triu MaskedFill MaskedScatter Where IndexPut
+IndexAdd IndexCopy IndexFill Scatter ScatterAdd SliceScatter SelectScatter ConstantPadNd ReflectionPad1D
+ReflectionPad2D ReplicationPad1D ReplicationPad2D AvgPool1D AvgPool2D AvgPool3D AdaptiveAvgPool2D AdaptiveAvgPool3D
+MkldnnAdaptiveAvgPool2D MaxPool2DWithIndices MaxPool3DWithIndices AdaptiveMaxPool2D UpsampleNearest1D
+UpsampleNearest2D UpsampleBilinear2D UpsampleBicubic2D UpsampleBilinear2DAa UpsampleBicubic2DAa PixelShuffle
+PixelUnshuffle Embedding Relu LeakyRelu RreluWithNoise Threshold Abs Max Min Amax Amin Maximum Minimum Fmax Fmin Sort
+Topk Kthvalue Median NanToNum ViewAsReal ViewAsComplex Real Imag Complex Conj ResolveConj FftR2C FftC2R FftC2C
+NativeDropout MatMul4Bit MatMul8bitLt
 """.split()
 
 BALANCED = {
@@ -312,6 +328,8 @@ OPERATIONS: dict[str, Operation] = {
     "Sqrt": Operation("power", "product"),
 }
 
+AFFINE_BATCH_NORM = Operation("linear", backward=affine_batch_norm)
+
 CURES = {
     "CheckpointFunction": "reentrant checkpointing hides the graph: checkpoint with use_reentrant=False",
     "CompiledFunction": "torch.compile hides the graph: run the model without compiling it",
@@ -324,7 +342,7 @@ CURES = {
 }
 
 
-@lru_cache(maxsize=None)
+@cache
 def short_name(full_name: str) -> str:
     """'NativeLayerNormBackward0' -> 'NativeLayerNorm', 'torch::autograd::CopySlices' -> 'CopySlices'."""
     return re.sub(r"Backwards?\d*$", "", full_name.rsplit("::", 1)[-1])
@@ -335,10 +353,10 @@ def operation_name(node: torch.autograd.graph.Node) -> str:
 
 
 def operation_of(node: torch.autograd.graph.Node) -> Operation | None:
-    """The operation of one node, None if there is no rule for it. A few names mean different things by what they saved."""
+    """The operation of one node, None if there is no rule for it. What a node saved can change what its name means."""
     name = operation_name(node)
     if name.endswith("BatchNorm") and not saved(node, "training"):
-        return OPERATIONS["Add"]  # running statistics are constants: affine
+        return AFFINE_BATCH_NORM
     if name == "Div" and getattr(node, "_saved_rounding_mode", None) is not None:
         return None
     if name == "Pow":
@@ -367,7 +385,8 @@ def register_rule(
         )
     if role == "balanced" and (backward is None or rule is None):
         raise ValueError(
-            f"a balanced operation needs its complete backward and the rule that switches it; {name!r} has {rule=}, {backward=}"
+            f"a balanced operation needs its complete backward and the rule that switches it; {name!r} has "
+            f"{rule=} and {backward=}"
         )
     if role == "gate" and rule is None:
         raise ValueError(

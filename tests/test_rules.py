@@ -1,7 +1,7 @@
 """Every rule against a gradient derived by hand, in float64.
 
-The reference of each case writes the repaired layer out as method papers do, with what is constant detached, and lets plain
-autograd differentiate that; a few are derived to the last formula. None of it goes through the engine.
+The reference of each case writes the repaired layer out, with what is constant detached, and lets plain autograd
+differentiate that; a few are derived to the last formula. None of it goes through the engine.
 """
 
 import math
@@ -182,6 +182,14 @@ def test_norm_holds_its_denominator_constant(name):
     x = draw(2, 6) if "instance" not in name else draw(2, 12)
     torch.testing.assert_close(function(x), repaired(x))  # the reference really is the same layer
     torch.testing.assert_close(balanced(function, x), reference(repaired, x), rtol=1e-9, atol=1e-12)
+
+
+def test_batch_norm_whatever_the_memory_layout_of_the_gradient():
+    norm = nn.BatchNorm2d(8).double().eval()
+    x, g = draw(1, 8, 7, 7).requires_grad_(), draw(1, 49, 8)
+    output = (norm(x).flatten(2).transpose(1, 2) * g).sum()
+    expected = g.transpose(1, 2).reshape(1, 8, 7, 7) / math.sqrt(1 + norm.eps)
+    torch.testing.assert_close(libra_grad(output, x)[0], expected)
 
 
 def test_layer_norm_gradient_by_hand():

@@ -1,0 +1,176 @@
+"""Libra gradients are complete on untouched models of other libraries: random weights, tiny configs, both precisions.
+
+<input, gradient> plus <constant, gradient> over all additive constants must give the logit, and the forward pass must
+not notice.
+"""
+
+import pytest
+import timm
+import torch
+import transformers
+from torch.overrides import TorchFunctionMode
+
+from libragrad_minimal import LIBRA, PLAIN, additive_constants, audit, libra_grad
+
+SMALL_VIT = dict(img_size=32, patch_size=8, embed_dim=24, depth=2, num_heads=2, num_classes=5)
+TIMM = {
+    "vit_tiny_patch16_224": SMALL_VIT,
+    "deit3_small_patch16_224": SMALL_VIT,
+    "beitv2_base_patch16_224": SMALL_VIT,
+    "eva02_tiny_patch14_224": SMALL_VIT,
+    "flexivit_small": SMALL_VIT,
+    "vit_base_patch16_siglip_224": SMALL_VIT,
+    "vit_base_patch16_clip_224": SMALL_VIT,
+    "vit_small_patch14_reg4_dinov2": SMALL_VIT,
+    "mixer_s16_224": dict(img_size=32, num_classes=5),
+    "swin_tiny_patch4_window7_224": dict(img_size=56, embed_dim=12, depths=(2, 2), num_heads=(1, 2), num_classes=5),
+    "cait_xxs24_224": dict(img_size=32, patch_size=8, embed_dim=24, depth=2, num_heads=2, num_classes=5),
+    "xcit_nano_12_p16_224": dict(img_size=32, embed_dim=32, depth=2, num_heads=2, num_classes=5),
+    "tnt_s_patch16_224": dict(img_size=32, depth=2, num_classes=5),
+    "gmlp_ti16_224": dict(img_size=32, num_classes=5),
+    "resmlp_12_224": dict(img_size=32, num_classes=5),
+    "convnextv2_atto": dict(depths=(1, 1, 1, 1), dims=(8, 12, 16, 24), num_classes=5),
+    "mobilenetv3_small_050": dict(num_classes=5),
+    "efficientformer_l1": dict(num_classes=5),
+    "mvitv2_tiny": dict(num_classes=5),
+    "maxvit_tiny_tf_224": dict(num_classes=5),
+    "gcvit_xxtiny": dict(num_classes=5),
+}
+WHOLE = ("efficientformer_l1", "mvitv2_tiny", "maxvit_tiny_tf_224", "gcvit_xxtiny")  # no small configuration: full size
+
+SMALL_DECODER = dict(
+    hidden_size=32,
+    intermediate_size=48,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    vocab_size=64,
+)
+SPECIAL_TOKENS = dict(max_position_embeddings=64, pad_token_id=0, bos_token_id=1, eos_token_id=2)
+DECODERS = {
+    "Llama": SMALL_DECODER,
+    "Qwen2": SMALL_DECODER,
+    "Qwen3": SMALL_DECODER | dict(head_dim=8),
+    "Mistral": SMALL_DECODER,
+    "Mixtral": SMALL_DECODER | dict(num_local_experts=4),
+    "Gemma2": SMALL_DECODER | dict(head_dim=8),
+    "Gemma3Text": SMALL_DECODER | dict(head_dim=8),
+    "Phi3": SMALL_DECODER,
+    "Olmo2": SMALL_DECODER,
+    "Cohere": SMALL_DECODER,
+    "GPT2": dict(n_embd=32, n_layer=2, n_head=4, vocab_size=64, n_positions=64),
+    "GPTNeoX": dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, vocab_size=64),
+    "Bloom": dict(hidden_size=32, n_layer=2, n_head=4, vocab_size=64),
+}
+FUSED_TOO = [name for name in DECODERS if name not in ("Gemma2", "Bloom")]  # transformers offers no sdpa for these
+
+
+class Float64(TorchFunctionMode):
+    """transformers' norms compute in float32 whatever the model's dtype: send them to float64 instead."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if function is torch.Tensor.float:
+            return args[0].double()
+        args = tuple(torch.float64 if argument is torch.float32 else argument for argument in args)
+        kwargs = {k: torch.float64 if v is torch.float32 else v for k, v in (kwargs or {}).items()}
+        return function(*args, **kwargs)
+
+
+def shaken(model, dtype, seed=0):
+    """Random norms and biases: fresh models have ones and zeros there, which would hide mistakes."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            scale = 0.2 if parameter.dim() <= 1 else 0.05
+            parameter.add_(scale * torch.randn(parameter.shape, generator=generator))
+    return model.eval().to(dtype)
+
+
+def relative_error(output, x, rules=LIBRA):
+    parts = (x, *additive_constants(output, x))
+    gradients = libra_grad(output, parts, rules, retain_graph=True)
+    total = sum((part * gradient).double().sum() for part, gradient in zip(parts, gradients, strict=True))
+    return abs(total - output.double().sum()).item() / output.double().abs().sum().item()
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-9), (torch.float32, 1e-5)], ids=["fp64", "fp32"])
+@pytest.mark.parametrize("name", TIMM)
+def test_timm(name, dtype, tolerance):
+    if name in WHOLE and dtype == torch.float32:
+        pytest.skip("full-size model: once, in float64, is enough")
+    model = shaken(timm.create_model(name, **TIMM[name]), dtype)
+    size = TIMM[name].get("img_size", 224 if name in WHOLE else 64)
+    images = torch.randn(1 if name in WHOLE else 2, 3, size, size, dtype=dtype, requires_grad=True)
+    before = model(images)
+    assert relative_error(before[:, 1], images) <= tolerance
+    assert torch.equal(model(images), before)
+    assert audit(model(images)[:, 1], images).complete
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+@pytest.mark.parametrize("name", DECODERS)
+def test_transformers(name, attention):
+    if attention == "sdpa" and name not in FUSED_TOO:
+        pytest.skip(f"transformers has no sdpa for {name}")
+    transformers.logging.set_verbosity_error()
+    config = getattr(transformers, f"{name}Config")(**DECODERS[name], **SPECIAL_TOKENS)
+    model = shaken(transformers.AutoModelForCausalLM.from_config(config, attn_implementation=attention), torch.float32)
+    tokens = torch.randint(3, 64, (2, 7))
+    embeddings = model.get_input_embeddings()(tokens).detach().requires_grad_()
+    before = model(inputs_embeds=embeddings).logits
+    assert relative_error(before[:, -1, 5], embeddings) <= 1e-5
+    assert relative_error(before[:, -1, 5], embeddings, PLAIN) > 1e-2  # the check can fail
+    assert torch.equal(model(inputs_embeds=embeddings).logits, before)
+    model, embeddings = model.double(), embeddings.detach().double().requires_grad_()
+    if name == "Mixtral":
+        model.set_experts_implementation("eager")  # there are no grouped matrix products in float64
+    with Float64():
+        output = model(inputs_embeds=embeddings).logits[:, -1, 5]
+    assert relative_error(output, embeddings) <= 1e-9
+
+
+def test_padding_gets_exactly_zero():
+    """Attention masks: a padded position gets no gradient at all, and the others what they get alone."""
+    config = transformers.LlamaConfig(**SMALL_DECODER, **SPECIAL_TOKENS)
+    model = shaken(transformers.LlamaForCausalLM(config), torch.float64)
+    tokens = torch.randint(3, 64, (1, 6))
+    padded = torch.cat([torch.zeros(1, 3, dtype=torch.long), tokens], 1)
+    mask = torch.cat([torch.zeros(1, 3, dtype=torch.long), torch.ones(1, 6, dtype=torch.long)], 1)
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    embed = model.get_input_embeddings()
+    alone, together = embed(tokens).detach().requires_grad_(), embed(padded).detach().requires_grad_()
+    output = model(inputs_embeds=alone).logits[:, -1, 7]
+    with_padding = model(inputs_embeds=together, attention_mask=mask, position_ids=positions).logits[:, -1, 7]
+    expected, gradient = libra_grad(output, alone)[0], libra_grad(with_padding, together)[0]
+    assert (gradient[:, :3] == 0).all()
+    torch.testing.assert_close(gradient[:, 3:], expected, rtol=1e-5, atol=1e-7)
+
+
+# ---- the real models beside a developer's checkout -------------------------------------------------------------------
+
+
+def test_real_vit_on_a_photograph(shared):
+    from skimage import data
+
+    model = timm.create_model("vit_tiny_patch16_224.augreg_in21k_ft_in1k", pretrained=True).eval()
+    photo = torch.from_numpy(data.chelsea()[:, 75:375].copy()).permute(2, 0, 1)[None] / 255
+    photo = torch.nn.functional.interpolate(photo, (224, 224), mode="bicubic", antialias=True)
+    image = ((photo - 0.5) / 0.5).requires_grad_()
+    logits = model(image)
+    assert logits.argmax().item() in (281, 282, 285)  # tabby, tiger cat, Egyptian cat
+    output = logits[:, logits.argmax()]
+    assert relative_error(output, image) < 1e-4
+    assert relative_error(output, image, PLAIN) > 0.2
+
+
+def test_real_llama_on_a_story(shared):
+    folder = shared / "models" / "stories260K"
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder).eval()
+    ids = tokenizer("Once upon a time, there was a little girl named", return_tensors="pt").input_ids
+    embeddings = model.get_input_embeddings()(ids).detach().requires_grad_()
+    logits = model(inputs_embeds=embeddings).logits[:, -1]
+    assert tokenizer.decode(logits.argmax()).strip() in "Lily"
+    output = logits[:, logits.argmax()]
+    assert relative_error(output, embeddings) < 1e-4
+    assert relative_error(output, embeddings, PLAIN) > 0.1
