@@ -4,8 +4,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 from benchmarks import speed
+
+from libragrad_minimal import libra_grad
 
 SCRIPT = Path(speed.__file__)
 
@@ -18,6 +21,13 @@ def test_peak_memory_by_hand():
 
     peak = speed.peak_bytes(run, torch.autograd.grad, "cpu")
     assert 2e6 <= peak < 2.1e6  # exp and exp + 1 together, then exp and the gradient: never three at once
+
+
+@pytest.mark.parametrize("build", speed.QUICK_CASES.values(), ids=speed.QUICK_CASES)
+def test_libra_grad_needs_hardly_more_memory(build):
+    """Exact counts, not timings: a rule that keeps a few extra copies of one layer's activations is found out."""
+    run = build("cpu")
+    assert speed.peak_bytes(run, libra_grad, "cpu") <= 1.02 * speed.peak_bytes(run, torch.autograd.grad, "cpu")
 
 
 def test_quick_benchmark_prints_every_case():

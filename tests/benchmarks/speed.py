@@ -56,9 +56,10 @@ CASES = {
     "Llama 1B width, 4 layers, 256 tokens": lambda device: text_pass(device, 256),
     "Llama 1B width, 4 layers, 1,024 tokens": lambda device: text_pass(device, 1024),
 }
+TINY_LLAMA = dict(vocab_size=100, hidden_size=64, intermediate_size=256, num_attention_heads=1, num_key_value_heads=1)
 QUICK_CASES = {
     "ViT, tiny": lambda device: vision_pass(device, 2, "vit_tiny_patch16_224", depth=2),
-    "Llama, tiny": lambda device: text_pass(device, 16, vocab_size=100, hidden_size=64, intermediate_size=128),
+    "Llama, tiny": lambda device: text_pass(device, 64, **TINY_LLAMA),
 }
 
 
