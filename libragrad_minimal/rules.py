@@ -1,7 +1,7 @@
 """What every autograd operation's balanced backward is: one table, no models.
 
 A layer is *complete* when its output equals <input, gradient> plus its additive constants. Euler's theorem says which
-layers are: those that are homogeneous of degree one. The table below names, for each operation PyTorch records, the role
+layers are: those homogeneous of degree one. The table below names, for each operation PyTorch records, the role
 it plays, and for the offenders the backward pass that repairs them (Mehri et al. 2025, section 3, theorems 4 and 5).
 """
 
@@ -16,7 +16,9 @@ from functools import cache
 from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.graph import Node
 from torch.utils.checkpoint import CheckpointError
 
 Gradients = tuple[Tensor | None, ...]
@@ -80,7 +82,7 @@ class Operation:
     )
 
 
-def saved(node: torch.autograd.graph.Node, name: str):
+def saved(node: Node, name: str):
     """What the forward pass saved on `node`.
 
     Non-reentrant checkpointing hands each tensor out once per backward pass, and PyTorch's own derivative has had it;
@@ -103,37 +105,35 @@ def replaced(grad_inputs: Gradients, gradient: Tensor) -> Gradients:
     return (gradient if grad_inputs[0] is None else gradient.to(grad_inputs[0].dtype), *grad_inputs[1:])
 
 
+def scratch(grad_inputs: Gradients, like: Tensor) -> Tensor:
+    """Memory for the first operand's gradient: that of PyTorch's own result, which nothing needs any more."""
+    mine = grad_inputs[0] is not None and grad_inputs[0].dtype == like.dtype
+    return grad_inputs[0] if mine else torch.empty_like(like)
+
+
 # ---- activations: the slope f(x)/x, written so that it is exact at 0 -------------------------------------------------
 
 
-def slope(ratio: Callable[..., Tensor]) -> Backward:
-    """Backward of an activation whose f(x)/x is `ratio(x, node)`."""
+def secant(function: Callable[[Tensor, Node], Tensor], slope_at_zero: float = 1.0) -> Backward:
+    """Backward of an activation: the slope f(x)/x of the line from the origin to (x, f(x)), by the fast forward kernel."""
 
     def backward(node, grad_inputs, grad_outputs):
         x = precise(saved(node, "self"))
-        return replaced(grad_inputs, ratio(x, node).mul_(grad_outputs[0]))
+        ratio = function(x, node).div_(x).nan_to_num_(slope_at_zero, math.inf, -math.inf)  # 0/0 is the only NaN
+        return replaced(grad_inputs, ratio.mul_(grad_outputs[0]))
 
     return backward
 
 
-def tanh_gelu_ratio(x: Tensor) -> Tensor:
-    return torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)).add_(1).mul_(0.5)
+def silu(node, grad_inputs, grad_outputs):
+    return replaced(grad_inputs, torch.sigmoid(precise(saved(node, "self"))).mul_(grad_outputs[0]))
 
 
-def gelu_ratio(x: Tensor, node) -> Tensor:
-    return tanh_gelu_ratio(x) if saved(node, "approximate") == "tanh" else torch.special.ndtr(x)
+def gelu(x: Tensor, node: Node) -> Tensor:
+    return F.gelu(x, approximate=saved(node, "approximate"))
 
 
-def secant(function: Callable[..., Tensor], slope_at_zero: float = 1.0) -> Backward:
-    """Backward of a function through 0: the slope of the line from the origin to (x, f(x))."""
-
-    def ratio(x, node):
-        return torch.where(x == 0, slope_at_zero, function(x, node) / torch.where(x == 0, 1, x))
-
-    return slope(ratio)
-
-
-def elu(x: Tensor, node) -> Tensor:
+def elu(x: Tensor, node: Node) -> Tensor:
     negative = saved(node, "alpha") * torch.expm1(x.clamp(max=0) * saved(node, "input_scale"))
     return saved(node, "scale") * torch.where(x > 0, x, negative)
 
@@ -163,7 +163,8 @@ def glu(node, grad_inputs, grad_outputs):
 def bloom_gelu(node, grad_inputs, grad_outputs):
     """transformers' BLOOM writes its tanh-GELU as a custom autograd function that saves its input."""
     (x,) = node.saved_tensors
-    return replaced(grad_inputs, tanh_gelu_ratio(precise(x)) * grad_outputs[0])
+    gate = 0.5 + 0.5 * torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3))
+    return replaced(grad_inputs, gate * grad_outputs[0])
 
 
 def unchanged(node, grad_inputs, grad_outputs):
@@ -177,11 +178,9 @@ def layer_norm(node, grad_inputs, grad_outputs):
     weight, rstd = saved(node, "weight"), saved(node, "result2")
     dims = tuple(range(-len(saved(node, "normalized_shape")), 0))
     gradient = precise(grad_outputs[0])
-    # PyTorch's own result is not needed any more: its memory takes ours
-    mine = grad_inputs[0] is not None and grad_inputs[0].dtype == gradient.dtype
-    scratch = grad_inputs[0] if mine else torch.empty_like(gradient)
-    gradient = gradient if weight is None else torch.mul(gradient, weight, out=scratch)
-    return replaced(grad_inputs, torch.sub(gradient, gradient.mean(dims, keepdim=True), out=scratch).mul_(rstd))
+    out = scratch(grad_inputs, gradient)
+    gradient = gradient if weight is None else torch.mul(gradient, weight, out=out)
+    return replaced(grad_inputs, torch.sub(gradient, gradient.mean(dims, keepdim=True), out=out).mul_(rstd))
 
 
 def rms_norm(node, grad_inputs, grad_outputs):
@@ -232,9 +231,9 @@ def per_channel(values: Tensor, like: Tensor) -> Tensor:
 
 
 def scaled(grad_inputs: Gradients, factors: dict[int, float | None]) -> Gradients:
-    """Gradients times a number each; None cuts the gradient, operands not named keep theirs."""
+    """A product's gradients, fresh tensors of its own, times a number each. None cuts; operands not named keep theirs."""
     return tuple(
-        g if g is None or i not in factors else None if factors[i] is None else g * factors[i]
+        g if g is None or i not in factors else None if factors[i] is None else g.mul_(factors[i])
         for i, g in enumerate(grad_inputs)
     )
 
@@ -270,11 +269,11 @@ NativeDropout MatMul4Bit MatMul8bitLt
 """.split()
 
 BALANCED = {
-    "Gelu": ("activation", slope(gelu_ratio)),
+    "Gelu": ("activation", gelu),
     "GeLUFunction": ("activation", bloom_gelu),
-    "Silu": ("activation", slope(lambda x, node: torch.sigmoid(x))),
-    "Hardswish": ("activation", slope(lambda x, node: (x / 6 + 0.5).clamp_(0, 1))),
-    "Mish": ("activation", slope(lambda x, node: torch.tanh(torch.nn.functional.softplus(x)))),
+    "Silu": ("activation", silu),
+    "Hardswish": ("activation", secant(lambda x, node: F.hardswish(x), 0.5)),
+    "Mish": ("activation", secant(lambda x, node: F.mish(x), 0.6)),
     "Glu": ("activation", glu),
     "Elu": ("activation", secant(elu)),
     "Clamp": ("activation", secant(lambda x, node: x.clamp(saved(node, "min"), saved(node, "max")))),
@@ -282,7 +281,7 @@ BALANCED = {
     "ClampMax": ("activation", secant(lambda x, node: x.clamp(max=saved(node, "max")))),
     "Softshrink": (
         "activation",
-        secant(lambda x, node: torch.nn.functional.softshrink(x, float(saved(node, "lambd")))),
+        secant(lambda x, node: F.softshrink(x, float(saved(node, "lambd")))),
     ),
     "NativeLayerNorm": ("norm", layer_norm),
     "FusedRmsNorm": ("norm", rms_norm),
@@ -348,11 +347,11 @@ def short_name(full_name: str) -> str:
     return re.sub(r"Backwards?\d*$", "", full_name.rsplit("::", 1)[-1])
 
 
-def operation_name(node: torch.autograd.graph.Node) -> str:
+def operation_name(node: Node) -> str:
     return short_name(node.name())
 
 
-def operation_of(node: torch.autograd.graph.Node) -> Operation | None:
+def operation_of(node: Node) -> Operation | None:
     """The operation of one node, None if there is no rule for it. What a node saved can change what its name means."""
     name = operation_name(node)
     if name.endswith("BatchNorm") and not saved(node, "training"):
