@@ -50,25 +50,27 @@ CHAT_TEMPLATE = (
     "{% endfor %}{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}"
 )
 TIED = "lm_head.weight"  # the same tensor as the embedding
+ROW_LENGTH = 128  # no text is longer
+OTHER = 0.05  # weight of a token that isn't an answer: most can't be foreseen
 CHAT_KINDS = ("colour", "owner", "place")
 Segment = tuple[str, bool]  # a piece of a training text, and whether it is an answer
 
 
 def training_text(rng: random.Random, progress: float = 1.0) -> list[Segment]:
-    """A story with up to three questions and their answers, now and then as a chat; never a held-out question.
+    """A story with up to four questions and their answers, now and then as a chat; never a held-out question.
 
     Stories grow longer with the progress of the training (0 to 1): finding one fact among two is learned first.
     """
-    if rng.random() < 0.1:
+    if rng.random() < max(0.1, 1 - 10 * progress):  # nothing else at the very beginning
         return repetition(rng)
     kind = rng.choice(list(KINDS))
     largest = min(4, 2 + int(5 * progress))
     unrelated = rng.choice((0, 0, 1, 2)) if largest > 2 else 0
-    questions = make_questions(rng, kind, size=rng.randint(1, largest), unrelated=unrelated, count=3)
+    questions = make_questions(rng, kind, size=rng.randint(1, largest), unrelated=unrelated, count=4)
     questions = [question for question in questions if not held_out(question)]
     if not questions:
         return training_text(rng, progress)
-    if kind in CHAT_KINDS and rng.random() < 0.25:
+    if kind in CHAT_KINDS and rng.random() < 0.15:
         return chat_text(questions[0])
     end = "\n" if kind == "code" else "."
     text: list[Segment] = [(BOS + questions[0].story.rstrip(" "), False)]
@@ -128,7 +130,7 @@ def make_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
     config = LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=128,
-        intermediate_size=320,
+        intermediate_size=256,
         num_hidden_layers=4,
         num_attention_heads=4,
         num_key_value_heads=2,
@@ -143,7 +145,7 @@ def make_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
         },
         rms_norm_eps=1e-5,
         tie_word_embeddings=True,
-        initializer_range=0.04,
+        initializer_range=0.06,
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
@@ -151,11 +153,10 @@ def make_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
     return LlamaForCausalLM(config)
 
 
-def batches(tokenizer: PreTrainedTokenizerFast, rng: random.Random, batch_size: int, done: int, steps: int):
-    """For every step four lists of texts, as (ids, weight of each id as a target), both (batch_size / 4, T).
+def batches(tokenizer: PreTrainedTokenizerFast, rng: random.Random, rows: int, done: int, steps: int):
+    """Endless batches of `rows` rows, each packed with as many whole texts as fit; every text sees only itself.
 
-    Texts of like length go together, so little is padding; four different lengths make a step, so that no step sees one
-    kind of question only.
+    Yields the model's keyword arguments and the weight of each token as a target, (rows, ROW_LENGTH).
     """
     known: dict[str, list[int]] = {}
 
@@ -164,46 +165,42 @@ def batches(tokenizer: PreTrainedTokenizerFast, rng: random.Random, batch_size: 
             known[piece] = tokenizer(piece, add_special_tokens=False)["input_ids"]
         return known[piece]
 
-    def padded(rows: list[list[float]], value: float) -> torch.Tensor:
-        width = max(map(len, rows))
-        return torch.tensor([row + [value] * (width - len(row)) for row in rows])
-
-    at_once, quarter = 8, batch_size // 4
-    for step in count(done, at_once):
-        known.clear()
-        texts = []
-        for _ in range(batch_size * at_once):
-            ids, weights = [], []
-            for piece, is_answer in training_text(rng, step / steps):
-                ids += encode(piece)
-                weights += [1.0 if is_answer else 0.05] * (len(ids) - len(weights))
-            texts.append((ids, weights))
-        texts.sort(key=lambda text: len(text[0]))
-        groups = [texts[start : start + quarter] for start in range(0, len(texts), quarter)]
-        rng.shuffle(groups)
-        for start in range(0, len(groups), 4):
-            yield [
-                (
-                    padded([ids for ids, _ in group], tokenizer.pad_token_id),
-                    padded([weights for _, weights in group], 0.0),
-                )
-                for group in groups[start : start + 4]
-            ]
+    for step in count(done):
+        if len(known) > 100_000:
+            known.clear()
+        ids = torch.full((rows, ROW_LENGTH), tokenizer.pad_token_id)
+        positions, text_number = torch.zeros_like(ids), torch.zeros_like(ids)
+        weights = torch.zeros(ids.shape)
+        for row in range(rows):
+            start = 0
+            while True:
+                text = [
+                    (token, answer) for piece, answer in training_text(rng, step / steps) for token in encode(piece)
+                ]
+                end = start + len(text)
+                if end > ROW_LENGTH:
+                    break
+                ids[row, start:end] = torch.tensor([token for token, _ in text])
+                weights[row, start + 1 : end] = torch.tensor([1.0 if answer else OTHER for _, answer in text[1:]])
+                positions[row, start:end] = torch.arange(len(text))
+                text_number[row, start:end] = start + 1
+                start = end
+        visible = (text_number[:, :, None] == text_number[:, None]).tril()[:, None]
+        hidden = torch.zeros(visible.shape).masked_fill(~visible, torch.finfo(torch.float32).min)
+        yield {"input_ids": ids, "position_ids": positions, "attention_mask": hidden}, weights
 
 
-def train(
-    steps: int, batch_size: int, learning_rate: float, seed: int
-) -> tuple[LlamaForCausalLM, PreTrainedTokenizerFast]:
+def train(steps: int, rows: int, learning_rate: float, seed: int) -> tuple[LlamaForCausalLM, PreTrainedTokenizerFast]:
     torch.manual_seed(seed)
     tokenizer = make_tokenizer(seed)
     model = make_model(tokenizer)
-    model.set_attn_implementation("eager")  # for texts this short faster than the fused kernel, above all in bf16
+    model.set_attn_implementation("eager")  # for texts this short faster than the fused kernel
     optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, betas=(0.9, 0.98), weight_decay=0.05)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, total_steps=steps, pct_start=0.05)
     done, seconds = 0, 0.0
     if CHECKPOINT.exists():
         saved = torch.load(CHECKPOINT, weights_only=True)
-        if saved["settings"] != [steps, batch_size, learning_rate, seed]:
+        if saved["settings"] != [steps, rows, learning_rate, seed]:
             raise SystemExit(f"{CHECKPOINT} was made with other settings {saved['settings']}: delete it or use those.")
         model.load_state_dict(saved["model"])
         optimizer.load_state_dict(saved["optimizer"])
@@ -212,29 +209,27 @@ def train(
     parameters = sum(parameter.numel() for parameter in model.parameters())
     print(f"{parameters:,} parameters, {len(tokenizer)} tokens, starting at step {done}")
 
-    data = batches(tokenizer, random.Random(seed + 1000 + done), batch_size, done, steps)
+    data = batches(tokenizer, random.Random(seed + 1000 + done), rows, done, steps)
     progress = tqdm(range(done, steps), initial=done, total=steps, desc="training", mininterval=5)
     started = time.time()
     for step in progress:
+        inputs, weights = next(data)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            logits = model(**inputs, use_cache=False).logits[:, :-1].flatten(0, 1)
+        targets, weights = inputs["input_ids"][:, 1:].flatten(), weights[:, 1:].flatten()
+        losses = F.cross_entropy(logits.float(), targets, reduction="none")
         optimizer.zero_grad()
-        parts, right = next(data), []
-        total = sum(weights[:, 1:].sum() for _, weights in parts)
-        for ids, weights in parts:
-            with torch.autocast("cpu", dtype=torch.bfloat16):
-                logits = model(ids).logits[:, :-1].flatten(0, 1)
-            targets, weights = ids[:, 1:].flatten(), weights[:, 1:].flatten()
-            losses = F.cross_entropy(logits.float(), targets, reduction="none")
-            ((losses * weights).sum() / total).backward()
-            right.append((logits.argmax(-1) == targets)[weights == 1])
+        ((losses * weights).sum() / weights.sum()).backward()
+        right = (logits.argmax(-1) == targets)[weights == 1]
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         schedule.step()
-        progress.set_postfix(right=f"{torch.cat(right).float().mean():.2f}", refresh=False)
+        progress.set_postfix(right=f"{right.float().mean():.2f}", refresh=False)
         if (step + 1) % 500 == 0 or step + 1 == steps:
             CHECKPOINT.parent.mkdir(exist_ok=True)
             parts = {"model": model, "optimizer": optimizer, "schedule": schedule}
             state = {name: part.state_dict() for name, part in parts.items()}
-            state |= {"settings": [steps, batch_size, learning_rate, seed], "done": step + 1}
+            state |= {"settings": [steps, rows, learning_rate, seed], "done": step + 1}
             torch.save({**state, "seconds": seconds + time.time() - started}, CHECKPOINT)
             tqdm.write(f"step {step + 1}: {format_accuracy(accuracy(model, tokenizer, held_out_questions(300)))}")
             model.train()
@@ -286,8 +281,10 @@ def evaluate(count: int) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=8000, help="optimizer steps (default: %(default)s)")
-    parser.add_argument("--batch-size", type=int, default=48, help="texts in a step (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=4000, help="optimizer steps (default: %(default)s)")
+    parser.add_argument(
+        "--rows", type=int, default=16, help=f"rows of {ROW_LENGTH} tokens in a step (default: %(default)s)"
+    )
     parser.add_argument(
         "--learning-rate", type=float, default=2e-3, help="peak of the one-cycle schedule (default: %(default)s)"
     )
@@ -300,7 +297,7 @@ def main() -> None:
     )
     options = parser.parse_args()
     if not options.evaluate:
-        save(*train(options.steps, options.batch_size, options.learning_rate, options.seed))
+        save(*train(options.steps, options.rows, options.learning_rate, options.seed))
     evaluate(options.questions)
 
 

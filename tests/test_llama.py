@@ -1,0 +1,467 @@
+"""The Llama side: notebook 01's functions against formulas, loading, the demo model, the generated questions."""
+
+import json
+import random
+import re
+import sys
+from pathlib import Path
+
+import httpx
+import pytest
+import torch
+import torch.nn.functional as F
+from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError, RepositoryNotFoundError
+from notebook_functions import NOTEBOOKS, functions_of
+from transformers import LlamaConfig, LlamaForCausalLM
+from transformers.activations import SiLUActivation
+from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
+
+from libragrad_minimal import ATTN_LRP, LIBRA, audit, libra_grad, models
+from libragrad_minimal.models import DATA, UNGATED_LLAMA, load_demo, load_pretrained, token_texts
+
+sys.path.insert(0, str(DATA))
+import questions  # noqa: E402  lies in data/, beside the script that trains on it
+
+TINY = {
+    "vocab_size": 97,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "rope_parameters": {
+        "rope_type": "llama3",
+        "rope_theta": 10000.0,
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 16,
+    },
+    "initializer_range": 0.2,
+}
+LLAMA_32_1B = {  # meta-llama/Llama-3.2-1B, config.json, with 2 of its 16 layers
+    "vocab_size": 128256,
+    "hidden_size": 2048,
+    "intermediate_size": 8192,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "head_dim": 64,
+    "max_position_embeddings": 131072,
+    "rms_norm_eps": 1e-5,
+    "tie_word_embeddings": True,
+    "rope_parameters": {
+        "rope_type": "llama3",
+        "rope_theta": 500000.0,
+        "factor": 32.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 8192,
+    },
+}
+
+
+def random_llama(**config) -> LlamaForCausalLM:
+    """Random weights, norm weights too, so that no rule can hide behind ones."""
+    model = LlamaForCausalLM(LlamaConfig(**config)).eval()
+    with torch.no_grad():
+        for module in model.modules():
+            if isinstance(module, LlamaRMSNorm):
+                module.weight.normal_(1, 0.3)
+    return model.requires_grad_(False)
+
+
+@pytest.fixture(scope="module")
+def notebook():
+    lifted = functions_of(NOTEBOOKS / "01_llama3_token_attribution.ipynb")
+    lifted.plain_attention = F.scaled_dot_product_attention  # what the notebook assigns outside functions
+    lifted.REPAIRS = {
+        "attention": (F, "scaled_dot_product_attention", lifted.libra_attention),
+        "gate": (SiLUActivation, "forward", lifted.libra_silu),
+        "norm": (LlamaRMSNorm, "forward", lifted.libra_rms_norm),
+        "product": (LlamaMLP, "forward", lifted.libra_mlp),
+    }
+    return lifted
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    torch.manual_seed(1)
+    return random_llama(**TINY)
+
+
+@pytest.fixture(scope="module")
+def demo():
+    return load_demo("llama")
+
+
+# ---- the four repairs, against formulas ------------------------------------------------------------------------------
+
+
+def gradient_of(function, x, weights):
+    """Value, and gradient of <weights, function(x)>."""
+    x = x.clone().requires_grad_()
+    value = function(x)
+    return value.detach(), torch.autograd.grad((value * weights).sum(), x)[0]
+
+
+def test_norm_holds_its_denominator(notebook):
+    norm = LlamaRMSNorm(8, eps=1e-5).requires_grad_(False)
+    norm.weight.normal_()
+    x, weights = torch.randn(3, 8), torch.randn(3, 8)
+    value, gradient = gradient_of(lambda x: notebook.libra_rms_norm(norm, x), x, weights)
+    assert torch.equal(value, norm(x))
+    torch.testing.assert_close(gradient, weights * norm.weight / (x.pow(2).mean(-1, keepdim=True) + 1e-5).sqrt())
+
+
+def test_gate_has_the_slope_of_the_secant(notebook):
+    x = torch.tensor([-30.0, -1.0, 0.0, 2.0])
+    value, gradient = gradient_of(lambda x: notebook.libra_silu(None, x), x, torch.ones(4))
+    assert torch.equal(value, F.silu(x))
+    torch.testing.assert_close(gradient, 1 / (1 + torch.exp(-x)))  # 1/2 at 0, not NaN
+
+
+def test_mlp_halves_both_factors(notebook):
+    mlp = LlamaMLP(LlamaConfig(hidden_size=6, intermediate_size=10)).requires_grad_(False)
+    x, weights = torch.randn(4, 6), torch.randn(4, 6)
+    with notebook.repairs_on(["gate"]):
+        value, gradient = gradient_of(lambda x: notebook.libra_mlp(mlp, x), x, weights)
+    assert torch.equal(value, mlp(x))
+    up, gate, arriving = x @ mlp.up_proj.weight.T, x @ mlp.gate_proj.weight.T, weights @ mlp.down_proj.weight
+    through_gate = (arriving * up * torch.sigmoid(gate)) @ mlp.gate_proj.weight
+    through_up = (arriving * F.silu(gate)) @ mlp.up_proj.weight
+    torch.testing.assert_close(gradient, (through_gate + through_up) / 2)
+    torch.testing.assert_close((gradient * x).sum(-1), (value * weights).sum(-1))  # complete
+
+
+def test_attention_passes_gradient_to_the_values_only(notebook):
+    """Grouped queries and causal, against the attention map written out."""
+    query, key, value = torch.randn(1, 4, 5, 8), torch.randn(1, 2, 5, 8), torch.randn(1, 2, 5, 8)
+    inputs = [tensor.requires_grad_() for tensor in (query, key, value)]
+    weights = torch.randn(1, 4, 5, 8)
+    result = notebook.libra_attention(*inputs, is_causal=True, enable_gqa=True)
+    to_query, to_key, to_value = torch.autograd.grad((result * weights).sum(), inputs, materialize_grads=True)
+
+    scores = query @ key.repeat_interleave(2, 1).mT / 8**0.5
+    attention_map = scores.masked_fill(torch.ones(5, 5).triu(1).bool(), -torch.inf).softmax(-1).detach()
+    torch.testing.assert_close(result, attention_map @ value.repeat_interleave(2, 1))
+    torch.testing.assert_close(to_value, (attention_map.mT @ weights).unflatten(1, (2, 2)).sum(2))
+    assert not to_query.any() and not to_key.any()
+
+
+def test_three_number_examples_by_hand(notebook):
+    value, contributions = notebook.total(lambda u, a: (u * a).sum(), [1.0, 2.0, 3.0], [4.0, 5.0, 6.0])
+    assert (value, contributions) == (32, 64)
+    value, contributions = notebook.total(lambda x: notebook.rms_norm(x)[2], [1.0, 2.0, 2.0])
+    assert value == pytest.approx(2 / 3**0.5) and contributions == pytest.approx(0, abs=1e-6)
+
+
+# ---- the repairs together --------------------------------------------------------------------------------------------
+
+
+def test_repairs_leave_no_trace(notebook, tiny):
+    originals = [getattr(owner, name) for owner, name, _ in notebook.REPAIRS.values()]
+    ids = torch.randint(97, (2, 7))
+    plain = tiny(ids).logits
+    with notebook.repairs_on():
+        assert torch.equal(tiny(ids).logits, plain)
+        assert LlamaMLP.forward is notebook.libra_mlp
+        with notebook.repairs_on(["norm"]):  # nested: the inner one puts the outer one's back
+            pass
+        assert LlamaRMSNorm.forward is notebook.libra_rms_norm
+    with pytest.raises(ZeroDivisionError), notebook.repairs_on():
+        1 / 0  # noqa: B018
+    assert [getattr(owner, name) for owner, name, _ in notebook.REPAIRS.values()] == originals
+
+
+def largest(logits):
+    return logits.amax(-1)
+
+
+def test_complete_at_every_block_and_equal_to_libra_grad(notebook, tiny):
+    ids, mask = torch.randint(97, (2, 9)), torch.ones(2, 9, dtype=torch.long)
+    with notebook.repairs_on():
+        by_hand, output = notebook.scores_by_block(tiny, ids, mask, largest)
+    torch.testing.assert_close(by_hand.sum(-1), output.expand(3, 2), rtol=1e-4, atol=1e-4)
+
+    with notebook.recorded_block_inputs(tiny.model.layers) as states:
+        output = largest(notebook.next_logits(tiny, notebook.embed(tiny, ids), mask))
+    gradients = libra_grad(output.sum(), states)
+    one_line = torch.stack([notebook.input_x_grad(*pair) for pair in zip(states, gradients, strict=True)])
+    assert (one_line - by_hand).norm() < 1e-5 * by_hand.norm()
+    assert not any(block._forward_pre_hooks for block in tiny.model.layers)
+
+
+@pytest.mark.parametrize("name", ["attention", "gate", "norm", "product"])
+def test_each_single_rule_equals_libra_grad(notebook, tiny, name):
+    rule = {"gate": "activation"}.get(name, name)
+    ids, mask = torch.randint(97, (1, 8)), torch.ones(1, 8, dtype=torch.long)
+    with notebook.repairs_on([other for other in notebook.REPAIRS if other != name]):
+        by_hand, output = notebook.scores_by_block(tiny, ids, mask, largest)
+    embeddings = notebook.embed(tiny, ids)
+    logit = largest(notebook.next_logits(tiny, embeddings, mask))
+    (gradient,) = libra_grad(logit, embeddings, rules=LIBRA.without(rule))
+    torch.testing.assert_close(notebook.input_x_grad(embeddings, gradient), by_hand[0], rtol=1e-4, atol=1e-5)
+    assert (by_hand[0].sum() - output).abs() > 1e-3 * output.abs()  # and without it the bill is wrong
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("rules", [LIBRA, ATTN_LRP], ids=["libra", "attn_lrp"])
+def test_padding_scores_zero_and_changes_nothing(notebook, tiny, side, rules):
+    prompts = [torch.randint(1, 97, (length,)) for length in (5, 12, 1, 9)]
+
+    def scores(rows):
+        width = max(map(len, rows))
+        ids, mask = torch.zeros(len(rows), width, dtype=torch.long), torch.zeros(len(rows), width, dtype=torch.long)
+        for row, prompt in enumerate(rows):
+            place = slice(width - len(prompt), width) if side == "left" else slice(0, len(prompt))
+            ids[row, place], mask[row, place] = prompt, 1
+        embeddings = notebook.embed(tiny, ids)
+        logits = notebook.next_logits(tiny, embeddings, mask)
+        (gradient,) = libra_grad(largest(logits).sum(), embeddings, rules=rules)
+        return notebook.input_x_grad(embeddings, gradient), mask.bool()
+
+    together, real = scores(prompts)
+    assert (together[~real] == 0).all()
+    for row, prompt in enumerate(prompts):
+        alone, _ = scores([prompt])
+        torch.testing.assert_close(together[row, real[row]], alone[0], rtol=1e-5, atol=1e-5)
+
+
+def test_nothing_of_the_size_of_an_attention_map_is_stored(notebook, tiny):
+    """What autograd keeps for the backward pass of a 400-token prompt: nothing with 400 x 400 entries."""
+    sizes = []
+    ids, mask = torch.randint(97, (1, 400)), torch.ones(1, 400, dtype=torch.long)
+
+    def keep(tensor):
+        sizes.append(tensor.numel())
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        notebook.next_logits(tiny, notebook.embed(tiny, ids), mask)
+    assert sizes and max(sizes) < 400 * 400
+    tiny.set_attn_implementation("eager")  # the check can fail
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        notebook.next_logits(tiny, notebook.embed(tiny, ids), mask)
+    tiny.set_attn_implementation("sdpa")
+    assert max(sizes) >= 400 * 400
+
+
+@pytest.mark.slow
+def test_the_exact_shape_of_llama_3_2_1b(notebook):
+    model = random_llama(**LLAMA_32_1B)
+    ids, mask = torch.randint(128256, (1, 12)), torch.ones(1, 12, dtype=torch.long)
+    with notebook.repairs_on():
+        by_hand, output = notebook.scores_by_block(model, ids, mask, largest)
+    torch.testing.assert_close(by_hand.sum(-1), output.expand(2, 1), rtol=1e-4, atol=1e-4)
+    embeddings = notebook.embed(model, ids)
+    logit = largest(notebook.next_logits(model, embeddings, mask))
+    assert audit(logit, embeddings).complete
+    (gradient,) = libra_grad(logit, embeddings)
+    one_line = notebook.input_x_grad(embeddings, gradient)
+    assert (one_line - by_hand[0]).norm() < 1e-5 * by_hand[0].norm()
+
+
+# ---- the notebook's measurements -------------------------------------------------------------------------------------
+
+
+def test_evidence_found_against_a_loop(notebook):
+    scores, evidence = torch.randn(20, 9), torch.rand(20, 9) < 0.4
+    evidence[:, 3] = True
+    candidates = torch.ones_like(evidence)
+    candidates[:, 0] = evidence[:, 0] = False
+    expected = []
+    for row in range(20):
+        places = [place for place in range(9) if candidates[row, place]]
+        k = int(evidence[row].sum())
+        best = sorted(places, key=lambda place, row=row: -scores[row, place])[:k]
+        expected.append(sum(bool(evidence[row, place]) for place in best) / k)
+    torch.testing.assert_close(notebook.evidence_found(scores, evidence, candidates), torch.tensor(expected))
+
+
+def test_evidence_tokens_are_the_evidence_words(notebook, demo):
+    notebook.tokenizer, notebook.model = demo.tokenizer, demo.model
+    group = json.loads((DATA / "evidence_questions.json").read_text())[:30]
+    ids, mask = notebook.encode([question["prompt"] for question in group])
+    evidence = notebook.evidence_tokens(group, ids, mask)
+    for row, question in enumerate(group):
+        words = [question["prompt"][start:end] for start, end in question["evidence"]]
+        assert [text.strip() for text in token_texts(demo.tokenizer, ids[row][evidence[row]])] == words
+
+
+def test_chat_greys_out_all_but_the_message(notebook, demo):
+    notebook.tokenizer, notebook.model = demo.tokenizer, demo.model
+    ids, roles = notebook.chat("Anna has a red ball.")
+    texts = token_texts(demo.tokenizer, ids[0])
+    assert "".join(text for place, text in enumerate(texts) if place not in roles) == "Anna has a red ball."
+    assert texts[roles[0]] == "<|begin_of_text|>" and "assistant" in [texts[place] for place in roles]
+
+
+def test_a_phrase_is_explained_by_its_own_logits(notebook, demo):
+    notebook.tokenizer, notebook.model = demo.tokenizer, demo.model
+    strip, output = notebook.explain_phrase("Say: tree moon fish star. Again: tree", 3)
+    ids = demo.tokenizer("Say: tree moon fish star. Again: tree", return_tensors="pt")["input_ids"]
+    total = 0
+    for _ in range(3):  # one forward pass for every token, as generation does
+        logits = demo.model(ids).logits[0, -1]
+        total += logits.max().item()
+        ids = torch.cat([ids, logits.argmax()[None, None]], 1)
+    assert output.item() == pytest.approx(total, rel=1e-4)
+    assert sum(strip.scores) == pytest.approx(total, rel=1e-4)
+
+
+# ---- loading ---------------------------------------------------------------------------------------------------------
+
+
+def test_demo_llama_has_llama_3_features_and_answers(demo):
+    config = demo.model.config
+    assert (DATA / "demo_llama.safetensors").stat().st_size <= 4e6
+    assert config.num_key_value_heads < config.num_attention_heads
+    assert config.rope_parameters["rope_type"] == "llama3" and config.hidden_act == "silu"
+    assert len(demo.blocks) == config.num_hidden_layers and not demo.model.training
+    asked = questions.held_out_questions(200, seed=2)
+    batch = demo.tokenizer([q.prompt for q in asked], return_tensors="pt", padding=True, padding_side="left")
+    best = demo.model(**batch, logits_to_keep=1).logits[:, -1].argmax(-1)
+    right = [text == q.answer for text, q in zip(token_texts(demo.tokenizer, best), asked, strict=True)]
+    assert sum(right) >= 0.95 * len(right)
+
+
+@pytest.mark.parametrize(
+    "text", ["Anna has a red ball.\nBen's kite", "  two  spaces, tabs\t", "caf\u00e9 \u6f22\u5b57 <script>"]
+)
+def test_demo_tokens_spell_the_text(demo, text):
+    ids = demo.tokenizer(text)["input_ids"]
+    assert ids[0] == demo.tokenizer.bos_token_id
+    assert demo.tokenizer.decode(ids[1:]) == text
+    if text.isascii():
+        assert "".join(token_texts(demo.tokenizer, ids[1:])) == text
+
+
+def test_real_llama_from_a_folder(notebook, shared):
+    llama = load_pretrained("llama", str(shared / "models" / "stories260K"))
+    notebook.tokenizer, notebook.model = llama.tokenizer, llama.model
+    prompt = "Once upon a time, there was a little girl named"
+    ids, mask = notebook.encode([prompt])
+    assert "".join(token_texts(llama.tokenizer, ids[0, 1:])) == " " + prompt
+    answer = notebook.next_logits(llama.model, notebook.embed(llama.model, ids), mask).argmax(-1)
+    assert token_texts(llama.tokenizer, answer) == [" L"] or token_texts(llama.tokenizer, answer) == [" Lily"]
+    with notebook.repairs_on():
+        scores, output = notebook.scores_by_block(llama.model, ids, mask, largest)
+    torch.testing.assert_close(scores.sum(-1), output.expand(len(llama.blocks), 1), rtol=1e-4, atol=1e-4)
+
+
+def answer_with(error, monkeypatch, tiny):
+    """Make the hub answer with `error`, except for the open copy."""
+    asked = []
+
+    def download(name):
+        asked.append(name)
+        if name != UNGATED_LLAMA:
+            raise OSError("wrapped by transformers") from error
+        return models.LoadedModel("llama", name, tiny, [])
+
+    monkeypatch.setattr(models, "_download_llama", download)
+    return asked
+
+
+def hub_error(kind, status):
+    return kind("no", response=httpx.Response(status, request=httpx.Request("GET", "https://huggingface.co")))
+
+
+@pytest.mark.parametrize("status", [401, 403])
+def test_a_gated_model_is_replaced_with_a_message(monkeypatch, tiny, status):
+    asked = answer_with(hub_error(GatedRepoError, status), monkeypatch, tiny)
+    with pytest.warns(UserWarning, match=f"gated and the hub answered {status}.*accept its licence"):
+        assert load_pretrained("llama", "meta-llama/Llama-3.2-1B").name == UNGATED_LLAMA
+    assert asked == ["meta-llama/Llama-3.2-1B", UNGATED_LLAMA]
+
+
+def test_a_misspelled_model_is_not_replaced(monkeypatch, tiny):
+    asked = answer_with(hub_error(RepositoryNotFoundError, 401), monkeypatch, tiny)
+    with pytest.raises(OSError, match="wrapped"):
+        load_pretrained("llama", "no/such-model")
+    assert asked == ["no/such-model"]
+
+
+def test_offline_says_what_to_do(monkeypatch, tiny):
+    answer_with(LocalEntryNotFoundError("not cached"), monkeypatch, tiny)
+    with pytest.raises(OSError, match=r'the hub can\'t be reached.*load_demo\("llama"\)'):
+        load_pretrained("llama", "meta-llama/Llama-3.2-1B")
+
+
+# ---- prompts and questions -------------------------------------------------------------------------------------------
+
+
+def test_prompts_are_many_and_distinct():
+    groups = json.loads((DATA / "prompts.json").read_text())
+    assert len(groups["llama"]) == 10 and sum(map(len, groups["llama"].values())) >= 60
+    assert set(groups["demo llama"]) == set(questions.KINDS)
+    for model in ("llama", "demo llama"):
+        prompts = [prompt for group in groups[model].values() for prompt in group]
+        assert len({prompt["prompt"] for prompt in prompts}) == len(prompts)
+        assert all(prompt["expected"] != prompt["contrast"] for prompt in prompts)
+
+
+def solve(question) -> str:
+    """The answer read off the text by other means than the generator's."""
+    text, names = question.prompt, "|".join(questions.NAMES)
+    if question.kind == "colour":
+        owner, thing = re.search(r"of (\w+)'s (\w+) is", text).groups()
+        return re.search(rf"{owner} has a (\w+) {thing}\.", text).group(1)
+    if question.kind == "owner":
+        thing = re.search(r"The (.*) belongs", question.ask).group(1)
+        return re.search(rf"(\w+) has a {thing}\.", text).group(1)
+    if question.kind == "place":
+        person = re.search(r"Now (\w+)", question.ask).group(1)
+        return re.findall(rf"{person} went to the (\w+)\.", text)[-1]
+    if question.kind == "counting":
+        animal = re.search(r"number of (\w+)s is", text).group(1)
+        return questions.NUMBERS[len(re.findall(rf"a {animal}\b", text)) - 1]
+    if question.kind == "ordering":
+        row = re.findall(r"the (\w+)", re.search(r"First comes ([^.]*)\.", text).group(1))
+        if "last" in question.ask:
+            return row[-1]
+        step = 1 if "after" in question.ask else -1
+        return row[row.index(re.search(r"(?:after|before) the (\w+)", question.ask).group(1)) + step]
+    if question.kind == "copying":
+        said, again = re.search(r"Say: ([^.]*)\.", text).group(1).split(), question.ask.split()[1:]
+        return said[len(again)]
+    if question.kind in ("opposite", "capital"):
+        table = questions.OPPOSITES if question.kind == "opposite" else questions.CAPITALS
+        person = re.search(r"of (\w+)'s", question.ask)
+        said = rf"{person.group(1)} (?:says|comes from) (\w+)\." if person else r"of (\w+) is"
+        words = [word for word in re.findall(said, text) if word in table]
+        return table[words[-1]]
+    if question.kind == "adding":
+        owned = dict(re.findall(rf"({names}) has (\w+) coins?\.", text))
+        people = re.search(r"Together (\w+) and (\w+)", text).groups()
+        return questions.NUMBERS[sum(questions.NUMBERS.index(owned[person]) + 1 for person in people) - 1]
+    assert question.kind == "code"
+    variable = re.search(r"print.(\w+)", question.ask).group(1)
+    return re.findall(rf"{variable} = (\d)", text)[-1]
+
+
+@pytest.mark.parametrize("kind", list(questions.KINDS))
+def test_answers_and_evidence_are_right(kind):
+    rng = random.Random(3)
+    for _ in range(300):
+        for question in questions.make_questions(rng, kind, rng.randint(1, 4), rng.randint(0, 2), count=3):
+            assert question.answer == f" {solve(question)}"
+            assert question.distractor != question.answer
+            words = [question.prompt[start:end] for start, end in question.evidence]
+            assert words and all(re.fullmatch(r"\w+", word) for word in words)
+
+
+def test_held_out_questions_are_never_trained_on():
+    train_llama = pytest.importorskip("train_llama")
+    kept = {question.prompt for question in questions.held_out_questions(300)}
+    rng = random.Random(0)
+    for _ in range(3000):
+        text = "".join(piece for piece, _ in train_llama.training_text(rng))
+        assert not any(prompt in text for prompt in kept)
+    shipped = json.loads(Path(DATA / "evidence_questions.json").read_text())
+    assert len(shipped) >= 200 and all(questions.held_out(as_question(entry)) for entry in shipped)
+
+
+def as_question(entry: dict) -> questions.Question:
+    return questions.Question(**{name: value for name, value in entry.items() if name != "prompt"})
