@@ -4,6 +4,7 @@
 Both return a `LoadedModel`, so a notebook written for one runs on the other.
 """
 
+import difflib
 import json
 import warnings
 from collections.abc import Callable
@@ -46,6 +47,9 @@ def load_demo(kind: str) -> LoadedModel:
 
 def load_pretrained(kind: str, name: str) -> LoadedModel:
     """The public model `name`: a timm name for "vit", a hub's name or a folder for "llama".
+
+    For "clip": open_clip's name and tag, "ViT-B-16/laion2b_s34b_b88k"; a name and a file in place of the tag,
+    "ViT-B-16/folder/weights.safetensors"; or "hf-hub:owner/name" or "local-dir:folder", which hold their own shape.
 
     Downloaded once, then taken from the Hugging Face cache.
 
@@ -191,10 +195,66 @@ def token_texts(tokenizer: Any, ids: list[int] | Tensor) -> list[str]:
     ]
 
 
+# ---- CLIP (open_clip) ----
+
+
+def _demo_clip(checkpoint: "Checkpoint") -> LoadedModel:
+    from open_clip import CLIP, SimpleTokenizer
+
+    architecture, vocabulary = checkpoint.read("architecture"), checkpoint.read("vocabulary")
+    text = architecture["text_cfg"]
+    small = checkpoint.tensors.get("token_embedding.weight", torch.zeros(0, 0))
+    if len(small) != 1 + len(vocabulary):
+        raise damaged(checkpoint.path, f"it has {len(small)} word embeddings for a vocabulary of {len(vocabulary)}")
+    table = small[:1].repeat(text["vocab_size"], 1)  # row 0 stands for every token that training didn't know
+    table[vocabulary] = small[1:]
+    checkpoint.tensors["token_embedding.weight"] = table
+    model = checkpoint.fill(CLIP(**architecture))
+    tokenizer = SimpleTokenizer(context_length=text["context_length"])
+    return _describe_clip("demo clip", model, _demo_transform, tokenizer)
+
+
+def _pretrained_clip(name: str) -> LoadedModel:
+    import open_clip
+
+    itself = name.startswith(("hf-hub:", "local-dir:"))
+    architecture, _, tag = (name, "", "") if itself else name.partition("/")
+    known = open_clip.list_models()
+    if not itself and architecture not in known:
+        similar = difflib.get_close_matches(architecture, known, cutoff=0.4)
+        raise ValueError(f"open_clip has no model {architecture!r}; similar ones are {', '.join(similar) or 'none'}")
+    tags = open_clip.list_pretrained_tags_by_model(architecture)
+    if not itself and tag not in tags and not Path(tag).is_file():
+        raise ValueError(
+            f"{tag!r} is neither a file nor weights that open_clip has for {architecture}; "
+            f"write {architecture}/FILE, or a tag in place of FILE: {', '.join(tags) or 'none is known'}"
+        )
+    model, _, transform = open_clip.create_model_and_transforms(architecture, tag or None)
+    return _describe_clip(name, model, transform, open_clip.get_tokenizer(architecture))
+
+
+def _describe_clip(name: str, model: nn.Module, transform: Callable, tokenizer: Any) -> LoadedModel:
+    tower = model.visual
+    trunk = getattr(tower, "trunk", None)  # a timm model, as in SigLIP and EVA-CLIP
+    blocks = getattr(trunk, "blocks", None) if trunk is not None else getattr(tower.transformer, "resblocks", None)
+    if blocks is None:
+        raise ValueError(f"the image tower of {name} has no list of Transformer blocks; pick a ViT")
+    return LoadedModel(
+        kind="clip",
+        name=name,
+        model=model.eval(),
+        blocks=list(blocks),
+        transform=transform,
+        tokenizer=tokenizer,
+        prefix_tokens=1 if trunk is None else trunk.num_prefix_tokens,
+        grid=tuple(tower.grid_size if trunk is None else trunk.patch_embed.grid_size),
+    )
+
+
 # ---- which function loads what ----
 
-DEMOS = {"vit": _demo_vit, "llama": _demo_llama}
-PRETRAINED = {"vit": _pretrained_vit, "llama": _pretrained_llama}
+DEMOS = {"vit": _demo_vit, "llama": _demo_llama, "clip": _demo_clip}
+PRETRAINED = {"vit": _pretrained_vit, "llama": _pretrained_llama, "clip": _pretrained_clip}
 
 
 def _loader(loaders: dict[str, Callable], kind: str) -> Callable:
