@@ -154,8 +154,8 @@ def check_outputs(outputs: Sequence[Tensor]) -> None:
         bad = output.detach()[~torch.isfinite(output)]
         if len(bad):
             raise ValueError(
-                f"output {i} is {bad[0].item()} in {len(bad)} of {output.numel()} places: the forward pass overflowed or "
-                "divided by zero. Look at its inputs, or run the model in a wider dtype."
+                f"output {i} is {bad[0].item()} in {len(bad)} of {output.numel()} places: the forward pass overflowed "
+                "or divided by zero. Look at its inputs, or run the model in a wider dtype."
             )
 
 
@@ -177,8 +177,8 @@ def walk_graph(outputs: Sequence[Tensor], inputs: Sequence[Tensor], rules: Rules
     for i, (node, _) in enumerate(edges):
         if node not in walk.edges and not allow_unused:
             raise ValueError(
-                f"input {i} of shape {tuple(inputs[i].shape)} is not in the graph of the output: pass the very tensor that "
-                "the model was given (a copy made afterwards is another tensor), or allow_unused=True"
+                f"input {i} of shape {tuple(inputs[i].shape)} is not in the graph of the output: pass the very tensor "
+                "that the model was given (a copy made afterwards is another tensor), or allow_unused=True"
             )
     return walk
 
@@ -211,7 +211,7 @@ def checked_gradient(gradient: Tensor | None, tensor: Tensor, index: int, walk: 
         return torch.zeros_like(tensor) if edge_of(tensor)[0] in walk.edges else None  # reached through constants only
     if not torch.isfinite(gradient).all():
         raise ValueError(
-            f"the gradient of input {index} is not finite although the output is: the backward pass overflowed. Run the "
-            "model in a wider dtype (float32 for float16)."
+            f"the gradient of input {index} is not finite although the output is: the backward pass overflowed. Run "
+            "the model in a wider dtype (float32 for float16)."
         )
     return gradient

@@ -114,26 +114,31 @@ def scratch(grad_inputs: Gradients, like: Tensor) -> Tensor:
 # ---- activations: the slope f(x)/x, written so that it is exact at 0 -------------------------------------------------
 
 
-def secant(function: Callable[[Tensor, Node], Tensor], slope_at_zero: float = 1.0) -> Backward:
-    """Backward of an activation: the slope f(x)/x of the line from the origin to (x, f(x)), by the fast forward kernel."""
+def secant(function: Callable[[Tensor, Node, Tensor], Tensor], slope_at_zero: float = 1.0) -> Backward:
+    """Backward of an activation f: the slope f(x)/x of the line from the origin to (x, f(x)).
+
+    function(x, node, out) is the activation itself, by its fast forward kernel, if possible in the memory `out`.
+    """
 
     def backward(node, grad_inputs, grad_outputs):
         x = precise(saved(node, "self"))
-        ratio = function(x, node).div_(x).nan_to_num_(slope_at_zero, math.inf, -math.inf)  # 0/0 is the only NaN
+        ratio = function(x, node, scratch(grad_inputs, x)).div_(x)
+        ratio.nan_to_num_(slope_at_zero, math.inf, -math.inf)  # 0/0 is the only NaN
         return replaced(grad_inputs, ratio.mul_(grad_outputs[0]))
 
     return backward
 
 
 def silu(node, grad_inputs, grad_outputs):
-    return replaced(grad_inputs, torch.sigmoid(precise(saved(node, "self"))).mul_(grad_outputs[0]))
+    x = precise(saved(node, "self"))
+    return replaced(grad_inputs, torch.sigmoid(x, out=scratch(grad_inputs, x)).mul_(grad_outputs[0]))
 
 
-def gelu(x: Tensor, node: Node) -> Tensor:
-    return F.gelu(x, approximate=saved(node, "approximate"))
+def gelu(x: Tensor, node: Node, out: Tensor) -> Tensor:
+    return torch._C._nn.gelu(x, approximate=saved(node, "approximate"), out=out)
 
 
-def elu(x: Tensor, node: Node) -> Tensor:
+def elu(x: Tensor, node: Node, out: Tensor) -> Tensor:
     negative = saved(node, "alpha") * torch.expm1(x.clamp(max=0) * saved(node, "input_scale"))
     return saved(node, "scale") * torch.where(x > 0, x, negative)
 
@@ -231,7 +236,7 @@ def per_channel(values: Tensor, like: Tensor) -> Tensor:
 
 
 def scaled(grad_inputs: Gradients, factors: dict[int, float | None]) -> Gradients:
-    """A product's gradients, fresh tensors of its own, times a number each. None cuts; operands not named keep theirs."""
+    """A product's gradients, fresh tensors all, times a number each. None cuts; operands not named keep theirs."""
     return tuple(
         g if g is None or i not in factors else None if factors[i] is None else g.mul_(factors[i])
         for i, g in enumerate(grad_inputs)
@@ -269,19 +274,19 @@ NativeDropout MatMul4Bit MatMul8bitLt
 """.split()
 
 BALANCED = {
-    "Gelu": ("activation", gelu),
+    "Gelu": ("activation", secant(gelu, 0.5)),
     "GeLUFunction": ("activation", bloom_gelu),
     "Silu": ("activation", silu),
-    "Hardswish": ("activation", secant(lambda x, node: F.hardswish(x), 0.5)),
-    "Mish": ("activation", secant(lambda x, node: F.mish(x), 0.6)),
+    "Hardswish": ("activation", secant(lambda x, node, out: F.hardswish(x), 0.5)),
+    "Mish": ("activation", secant(lambda x, node, out: F.mish(x), 0.6)),
     "Glu": ("activation", glu),
     "Elu": ("activation", secant(elu)),
-    "Clamp": ("activation", secant(lambda x, node: x.clamp(saved(node, "min"), saved(node, "max")))),
-    "ClampMin": ("activation", secant(lambda x, node: x.clamp(min=saved(node, "min")))),
-    "ClampMax": ("activation", secant(lambda x, node: x.clamp(max=saved(node, "max")))),
+    "Clamp": ("activation", secant(lambda x, node, out: x.clamp(saved(node, "min"), saved(node, "max")))),
+    "ClampMin": ("activation", secant(lambda x, node, out: x.clamp(min=saved(node, "min")))),
+    "ClampMax": ("activation", secant(lambda x, node, out: x.clamp(max=saved(node, "max")))),
     "Softshrink": (
         "activation",
-        secant(lambda x, node: F.softshrink(x, float(saved(node, "lambd")))),
+        secant(lambda x, node, out: F.softshrink(x, float(saved(node, "lambd")))),
     ),
     "NativeLayerNorm": ("norm", layer_norm),
     "FusedRmsNorm": ("norm", rms_norm),
@@ -302,10 +307,10 @@ GATES = {
         ("activation", None),
     ),
     "Tanh": ("activation", tanh_secant),
-    "Erf": ("activation", secant(lambda x, node: torch.erf(x), 2 / math.sqrt(math.pi))),
-    "Atan": ("activation", secant(lambda x, node: torch.atan(x))),
-    "Asinh": ("activation", secant(lambda x, node: torch.asinh(x))),
-    "Hardtanh": ("activation", secant(lambda x, node: x.clamp(saved(node, "min_val"), saved(node, "max_val")))),
+    "Erf": ("activation", secant(lambda x, node, out: torch.erf(x), 2 / math.sqrt(math.pi))),
+    "Atan": ("activation", secant(lambda x, node, out: torch.atan(x))),
+    "Asinh": ("activation", secant(lambda x, node, out: torch.asinh(x))),
+    "Hardtanh": ("activation", secant(lambda x, node, out: x.clamp(saved(node, "min_val"), saved(node, "max_val")))),
     **dict.fromkeys(["Rsqrt", "Reciprocal", "Var"], ("norm", None)),
     **dict.fromkeys(["Std", "Norm", "LinalgVectorNorm"], ("norm", unchanged)),  # of degree one already
 }
