@@ -110,19 +110,18 @@ class record_additions(TorchFunctionMode):
             for operand in args:
                 if isinstance(operand, nn.Parameter):
                     self.constant(operand, result)
-        elif function is F.multi_head_attention_forward:
-            self.constant(attention_bias(*args, **kwargs), result[0], tokens_first=True)
+        elif function is F.multi_head_attention_forward and args[6] is not None:
+            self.constant(attention_bias(*args), result[0], tokens_first=True)
         return result
 
 
-def attention_bias(*args, **kwargs) -> Tensor | float:
+def attention_bias(*args) -> Tensor:
     """What nn.MultiheadAttention adds to its output: rows of a map sum to 1, so the values' bias passes it whole.
 
     Biases of queries and keys act inside the softmax; under LIBRA they carry no gradient, and they are not counted.
     """
-    in_bias, out_weight, out_bias = args[6], args[11], args[12]
-    values = 0 if in_bias is None else out_weight @ in_bias.chunk(3)[2]
-    return values + (0 if out_bias is None else out_bias)
+    in_bias, out_weight, out_bias = args[6], args[11], args[12]  # all of the arguments come by position
+    return out_weight @ in_bias.chunk(3)[2] + out_bias
 
 
 # ---- attention maps --------------------------------------------------------------------------------------------------
