@@ -104,7 +104,9 @@ class record_additions(TorchFunctionMode):
             name, position, dimension = BIASES[function]
             bias = args[position] if len(args) > position else kwargs.get(name)
             if bias is not None:
-                self.constant(bias if dimension == -1 else bias[:, *[None] * (result.dim() - 2)], result, dimension)
+                if dimension == 1:
+                    bias = bias.reshape(-1, *[1] * (result.dim() - 2))  # one number a channel
+                self.constant(bias, result, dimension)
         elif function in ADDITIONS and len(args) == 2 and all(isinstance(operand, Tensor) for operand in args):
             self.addition(*args, result)
             for operand in args:
