@@ -2,20 +2,24 @@
 
     python data/gallery.py scenes    # the demo ViT on 200 GlyphScenes       -> data/gallery_scenes.npz
     python data/gallery.py photos    # an ImageNet ViT-Tiny on 100 collages  -> data/gallery_photos.npz
+    python data/gallery.py text      # the demo Llama on 100 questions       -> data/gallery_text.npz
 
 Each file holds names, "method | rules | metric", and values (names, pictures). A run that was stopped goes on where it
-was. The class explained is that one of the picture's two that has the higher logit.
+was. Explained is, in pictures, the class of the two that has the higher logit; in text the predicted token.
 """
 
 import argparse
 import copy
-from collections.abc import Callable
+import json
+from collections import defaultdict
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image
+from sklearn.metrics import average_precision_score
 from torch import Tensor
 from tqdm import trange
 
@@ -24,6 +28,7 @@ from libragrad_minimal.attribution import attribute_many
 from libragrad_minimal.metrics import (
     deletion,
     grid_pointing_game,
+    mask_tokens,
     mass_inside,
     occlude_patches,
     pointing_game,
@@ -75,13 +80,7 @@ def collage(seed: int, vit: LoadedModel) -> Picture:
     return drawn.image, drawn.masks, classes
 
 
-BENCHMARKS: dict[str, tuple[Callable[[], LoadedModel], Callable, int, tuple[float, ...]]] = {
-    "scenes": (lambda: load_demo("vit"), scene, 200, (0.1, 0.3, 0.5, 0.7, 0.9)),
-    "photos": (lambda: load_pretrained("vit", VIT_TINY), collage, 100, (1 / 3, 2 / 3)),
-}
-
-
-def measure(
+def measure_pictures(
     vit: LoadedModel, pictures: list[Picture], fractions: tuple[float, ...], sweep: bool = False
 ) -> dict[str, Tensor]:
     """ "method | rules | metric" -> one number per picture; with `sweep` also the rollouts with every option."""
@@ -126,6 +125,51 @@ def measure(
     return measured
 
 
+def measure_text(llama: LoadedModel, questions: list[dict]) -> dict[str, Tensor]:
+    """ "method | rules | metric" -> one number per question; the first and the last token are never taken away."""
+    measured = defaultdict(list)
+    for question in questions:
+        encoded = llama.tokenizer(question["prompt"], return_tensors="pt", return_offsets_mapping=True)
+        ids, spans = encoded["input_ids"], encoded["offset_mapping"][0].tolist()
+        evidence = torch.tensor([any(a < end and start < b for a, b in question["evidence"]) for start, end in spans])
+        removable = torch.ones_like(ids, dtype=torch.bool)
+        removable[:, [0, -1]] = False
+        with torch.no_grad():
+            predicted = llama.model(ids).logits[:, -1].argmax(1)
+        results = {}
+        for name, (rules, methods) in RUNS.items():
+            for method, result in attribute_many(llama.model, ids, predicted, methods, rules).items():
+                results[f"{method} | {name}"] = result.scores
+        answer = lambda inputs: llama.model(**inputs).logits[:, -1]  # noqa: E731
+        deleted = deletion(answer, ids, results, mask_tokens, removable=removable)
+        for name, scores in results.items():
+            ranked = average_precision_score(evidence[1:-1], scores[0, 1:-1])
+            for metric, values in (deleted[name].summary() | {"evidence AP": torch.tensor([ranked])}).items():
+                measured[f"{name} | {metric}"].append(values)
+    return {name: torch.cat(values) for name, values in measured.items()}
+
+
+def question(seed: int, llama: LoadedModel) -> dict:
+    return json.loads((FOLDER / "evidence_questions.json").read_text())[seed]
+
+
+BENCHMARKS = {  # which model, which pictures or questions and how many, how to measure them
+    "scenes": (
+        lambda: load_demo("vit"),
+        scene,
+        200,
+        partial(measure_pictures, fractions=(0.1, 0.3, 0.5, 0.7, 0.9), sweep=True),
+    ),
+    "photos": (
+        lambda: load_pretrained("vit", VIT_TINY),
+        collage,
+        100,
+        partial(measure_pictures, fractions=(1 / 3, 2 / 3)),
+    ),
+    "text": (lambda: load_demo("llama"), question, 100, measure_text),
+}
+
+
 def load_gallery(file: Path) -> dict[str, np.ndarray]:
     """ "method | rules | metric" -> one number per picture."""
     saved = np.load(file)
@@ -135,17 +179,17 @@ def load_gallery(file: Path) -> dict[str, np.ndarray]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("benchmark", choices=BENCHMARKS)
-    parser.add_argument("--pictures", type=int, help="how many (default: all)")
-    parser.add_argument("--chunk", type=int, default=10, help="pictures measured at a time")
+    parser.add_argument("--count", type=int, help="how many pictures or questions (default: all)")
+    parser.add_argument("--chunk", type=int, default=10, help="how many to measure at a time")
     args = parser.parse_args()
-    load, draw, count, fractions = BENCHMARKS[args.benchmark]
+    load, draw, count, measure = BENCHMARKS[args.benchmark]
     file = FOLDER / f"gallery_{args.benchmark}.npz"
     done = load_gallery(file) if file.exists() else {}
-    vit = load()
+    model = load()
     first = len(next(iter(done.values()), []))
-    for start in trange(first, args.pictures or count, args.chunk):
-        pictures = [draw(seed, vit) for seed in range(start, start + args.chunk)]
-        for name, values in measure(vit, pictures, fractions, sweep=args.benchmark == "scenes").items():
+    for start in trange(first, args.count or count, args.chunk):
+        examples = [draw(seed, model) for seed in range(start, start + args.chunk)]
+        for name, values in measure(model, examples).items():
             done[name] = np.append(done.get(name, []), values)
         np.savez_compressed(file, names=list(done), values=np.float32(list(done.values())))
 

@@ -34,7 +34,7 @@ RULES = {
 }
 REAL = {
     "vit": "vit_base_patch16_224.augreg2_in21k_ft_in1k",
-    "clip": "hf-hub:laion/CLIP-ViT-B-16-laion2B-s34B-b88K",
+    "clip": "ViT-B-16/laion2b_s34b_b88k",
     "llama": "unsloth/Llama-3.2-1B",
 }
 EXAMPLES = """examples:
@@ -273,7 +273,7 @@ def audit_text(model: torch.nn.Module) -> Audit:
 
 def demo_pictures() -> list[str]:
     loaded = load("vit", None)
-    scene = draw_scene(2, objects=2)
+    scene = draw_scene(2, classes=["cat", "umbrella"])
     pixels = loaded.transform(Image.fromarray(scene.image))
     targets = scene.classes.tolist()
     parts = ["<h2>image: two classes in one picture</h2>"]

@@ -107,13 +107,10 @@ def patch_grid(model: nn.Module, run: Recording, size: tuple[int, int]) -> tuple
     tokens, (height, width) = run.valid.shape[1], size
     known = getattr(model, "num_prefix_tokens", 0)  # timm's word; some of its models add their class token later
     for prefix in [known, *range(tokens)]:
-        rows = round(((tokens - prefix) * height / width) ** 0.5)
-        if (
-            rows
-            and (tokens - prefix) % rows == 0
-            and abs((tokens - prefix) / rows / rows - width / height) < 0.5 / rows
-        ):
-            return prefix, (rows, (tokens - prefix) // rows)
+        patches = tokens - prefix
+        grid = round((patches * height / width) ** 0.5), round((patches * width / height) ** 0.5)
+        if grid[0] * grid[1] == patches:
+            return prefix, grid
     raise ValueError(f"{tokens} tokens don't fit a grid of patches on a {height}x{width} picture")
 
 

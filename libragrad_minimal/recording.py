@@ -346,6 +346,9 @@ def record(
         for hook in hooks:
             hook.remove()
     check_tokens(model, tokens, len(blocks), len(answer))
+    for layer, middle in enumerate(after_attention):  # attention and MLP side by side: one sum, which ends the block
+        if middle is not None and middle.grad_fn is tokens[layer + 1].grad_fn:
+            after_attention[layer] = None
 
     is_text = picture_size(inputs) is None
     samples, length = tokens[0].shape[0], tokens[0][0, ..., 0].numel()

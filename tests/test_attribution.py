@@ -11,7 +11,18 @@ import timm
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    GPTNeoXConfig,
+    GPTNeoXForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    T5Config,
+    T5ForConditionalGeneration,
+    ViTConfig,
+    ViTForImageClassification,
+)
 
 from libragrad_minimal.attribution import METHODS, attribute, attribute_many
 from libragrad_minimal.recording import record
@@ -67,6 +78,11 @@ def tiny_mixer() -> nn.Module:
     return perturbed(timm.models.MlpMixer(num_classes=5, img_size=32, patch_size=8, embed_dim=24, num_blocks=2))
 
 
+def tiny_hf_vit() -> nn.Module:
+    config = dict(hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=24)
+    return perturbed(ViTForImageClassification(ViTConfig(**config, image_size=32, patch_size=8, num_labels=5)))
+
+
 def tiny_siglip() -> nn.Module:
     return tiny_vit(class_token=False, global_pool="map")
 
@@ -78,6 +94,7 @@ MODELS = {
     "registers": (partial(tiny_vit, reg_tokens=4), PICTURES, torch.tensor([0, 4]), (4, 4)),
     "siglip": (tiny_siglip, PICTURES, 3, (4, 4)),
     "mean pooling": (partial(tiny_vit, class_token=False, global_pool="avg"), PICTURES, 3, (4, 4)),
+    "hf vit": (tiny_hf_vit, PICTURES, 3, (4, 4)),
     "clip": (tiny_clip, PICTURES, F.normalize(torch.arange(16.0), dim=0), (4, 4)),
     "swin": (tiny_swin, PICTURES.repeat(1, 1, 2, 2), 3, (16, 16)),
     "mixer": (tiny_mixer, PICTURES, 3, (4, 4)),
@@ -170,6 +187,26 @@ def test_clip_explains_the_similarity():
     model, text = tiny_clip(), F.normalize(torch.arange(16.0), dim=0)
     result = attribute(model, PICTURES, text)
     torch.testing.assert_close(result.output, (F.normalize(model.encode_image(PICTURES), dim=-1) @ text).detach())
+
+
+def test_inputs_by_keyword():
+    model = tiny_hf_vit()
+    by_keyword = attribute(model, {"pixel_values": PICTURES}, 3)
+    torch.testing.assert_close(by_keyword.maps, attribute(model, PICTURES, 3).maps)
+
+
+def test_a_new_method_is_one_function_and_one_line(monkeypatch):
+    monkeypatch.setitem(METHODS, "length", lambda run, power=1: run.tokens[0].norm(dim=-1) ** power)
+    model = tiny_vit()
+    lengths = attribute(model, PICTURES, 3, "length", power=2)
+    tokens = model._pos_embed(model.patch_embed(PICTURES))[:, 1:]
+    torch.testing.assert_close(lengths.scores, tokens.pow(2).sum(-1).detach())
+
+
+def test_pictures_that_are_not_square():
+    model = tiny_vit(img_size=(32, 48))
+    result = attribute(model, torch.randn(1, 3, 32, 48), 3)
+    assert result.grid == (4, 6) and result.maps.shape == (1, 4, 6)
 
 
 def test_frozen_models_give_the_same():
@@ -505,6 +542,18 @@ def test_bad_requests(arguments, message):
 
 
 def test_models_that_do_not_fit():
+    t5 = T5ForConditionalGeneration(
+        T5Config(vocab_size=30, d_model=16, d_kv=4, d_ff=16, num_layers=1, num_heads=2)
+    ).eval()
+    with pytest.raises(ValueError, match="encoder-decoder"):
+        attribute(t5, {"input_ids": IDS, "decoder_input_ids": IDS}, 0)
+    side_by_side = GPTNeoXConfig(
+        vocab_size=30, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16
+    )
+    with pytest.raises(ValueError, match="side by side"):
+        attribute(GPTNeoXForCausalLM(side_by_side).eval(), IDS, 0, "TokenTM")
+    with pytest.raises(ValueError, match="no grid"):
+        _ = attribute(tiny_llama(), IDS, 0).maps
     with pytest.raises(ValueError, match="training mode"):
         attribute(tiny_vit().train(), PICTURES, 3)
     with pytest.raises(ValueError, match="no list of blocks"):
