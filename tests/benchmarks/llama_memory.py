@@ -4,8 +4,8 @@
     python tests/benchmarks/llama_memory.py --tokens 1000 2000
 
 A 2-layer Llama with Llama 3's vocabulary of 128,256, so that logits of all positions (8 GB at 16k tokens) would show,
-as would one 16k x 16k attention map (1 GB a head). Every length runs in its own process; what that process held before the
-prompt is taken off. Linux only: it reads /proc/self.
+as would one 16k x 16k attention map (1 GB a head). Every length runs in its own process; what that process held before
+the prompt is taken off. Linux only: it reads /proc/self.
 """
 
 import argparse
