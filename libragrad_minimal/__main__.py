@@ -308,7 +308,7 @@ def demo_text() -> list[str]:
     return ["<h2>text: where the next word comes from</h2>", TokenStrips(*strips)._repr_html_(), *demo_audit("llama")]
 
 
-DEMO_PROMPT = "Ben has a red kite. Anna has a blue ball. Who has the red kite?"
+DEMO_PROMPT = "Anna has a red ball. Ben has a blue kite. Anna is in the park. The colour of Ben's kite is"
 
 
 def demo_audit(kind: str) -> list[str]:

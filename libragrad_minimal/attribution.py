@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from .recording import Gradients, Recording, picture_size, record
 from .rules import LIBRA, Rules
@@ -344,7 +345,7 @@ def legrad(run: Recording) -> Scores:
 def with_mean_gradients(run: Recording, starts: Iterable[Callable[[Tensor], Tensor]]) -> Recording:
     """The same recording, its gradients replaced by their mean over runs that start from other tokens."""
     sums, count = None, 0
-    for start in starts:
+    for start in tqdm(list(starts), "gradients", disable=None, leave=False):
         here = run.rerun(start=start).gradients
         sums = here if sums is None else add_gradients(sums, here)
         count += 1
