@@ -155,11 +155,41 @@ def heatmaps(
     return figure
 
 
-def _show_map(axes: plt.Axes, picture: np.ndarray, scores: np.ndarray) -> None:
+def prompt_maps(
+    pictures: Sequence,
+    prompts: Sequence[Sequence[str]],
+    maps: Sequence,
+    row_titles: Sequence[str] = (),
+    size: float = 1.8,
+) -> Figure:
+    """One row per picture: the picture, then one score map per prompt of its own, titled with it; `size` inches each.
+
+    pictures: PIL images or arrays (H, W, 3); prompts: the titles of each row; maps: one (prompts, h, w) per row.
+    Orange speaks for the prompt and blue against it. All maps of a row share one scale, so their strengths compare:
+    full colour from the 98th percentile of the row's |scores| on.
+    """
+    shape = (len(pictures), 1 + max(map(len, prompts)))
+    figure, grid = plt.subplots(*shape, figsize=(size * shape[1], (size + 0.25) * shape[0]), squeeze=False)
+    for axes in grid.flat:
+        axes.set(xticks=[], yticks=[], frame_on=False)
+    for row, (picture, titles, scores) in enumerate(zip(pictures, prompts, maps, strict=True)):
+        grid[row, 0].imshow(picture)
+        grid[row, 0].set_ylabel(row_titles[row] if row < len(row_titles) else "")
+        full = np.quantile(np.abs(np.asarray(scores)), 0.98) or 1
+        for axes, title, one in zip(grid[row, 1:], titles, scores, strict=False):
+            _show_map(axes, np.asarray(picture), np.asarray(one, dtype=float), full)
+            axes.set_title(title, fontsize=10, parse_math=False)
+    figure.tight_layout(pad=0.4)
+    plt.close(figure)
+    return figure
+
+
+def _show_map(axes: plt.Axes, picture: np.ndarray, scores: np.ndarray, full: float | None = None) -> None:
     height, width = picture.shape[:2]
     smooth = Image.fromarray(scores.astype(np.float32)).resize((width, height), Image.Resampling.BICUBIC)
     strength = np.asarray(smooth)[..., None]
-    full = np.quantile(np.abs(strength), 0.98) or 1  # not the largest: one outlying patch would make all others pale
+    # full colour not only at the largest: one outlying patch would make all others pale
+    full = full or np.quantile(np.abs(strength), 0.98) or 1
     opacity = np.minimum(np.abs(strength) / full, 1)
     background = 150 + 0.4 * picture.mean(axis=2, keepdims=True)
     blended = background * (1 - opacity) + np.where(strength > 0, POSITIVE, NEGATIVE) * opacity
