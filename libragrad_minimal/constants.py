@@ -26,7 +26,7 @@ def additive_constants(output: Tensor | Sequence[Tensor], inputs: Tensor | Seque
     stack = [child for node in walk.wanted for child in constant_operands(walk, node)]
     while stack:
         node = stack.pop()
-        if node in below:
+        if node in below or node in walk.operations:  # the latter is a gate on zero: it adds nothing
             continue
         below.add(node)
         if operation_name(node).endswith("AccumulateGrad"):

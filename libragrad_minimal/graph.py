@@ -129,6 +129,8 @@ class Walk:
             operation = self.operations[node] = operation_of(node)
             check_forward(node)
             gates = [value for value in live if value.gate is not None]
+            if len(gates) == len(live) and any(not factor.any() for factor in constant_factors(node)):
+                continue  # a gate on a zero that no input reaches, such as an LSTM's first state
             role = operation.role if operation else "linear"
             if role == "gate":
                 self.values[node] = Value(node, operation.rule, operation.backward is not None)
@@ -310,21 +312,23 @@ def check_forward(node: Node) -> None:
             f"{where}: batch norm in training mode mixes the samples. Call model.eval() before the forward pass."
         )
     dropped = name == "NativeDropout" or getattr(node, "_saved_dropout_p", 0) > 0
-    if name == "Mul" and not dropped:
-        dropped = any(
-            child is None and is_dropout_mask(node, other)
-            for (child, _), other in zip(node.next_functions, ("self", "other"), strict=False)
-        )
-    if dropped:
+    if dropped or any(map(is_dropout_mask, constant_factors(node))):
         raise ValueError(
             f"{where}: dropout was active, so the output is random. Call model.eval() before the forward pass."
         )
 
 
-def is_dropout_mask(node: Node, name: str) -> bool:
+def constant_factors(node: Node) -> list[Tensor]:
+    """The factors of a pointwise product that have no graph of their own."""
+    if operation_name(node) != "Mul" or len(node.next_functions) < 2:
+        return []
+    names = [name for (child, _), name in zip(node.next_functions, ("self", "other"), strict=True) if child is None]
+    return [saved(node, name) for name in names]
+
+
+def is_dropout_mask(factor: Tensor) -> bool:
     """Dropout on the CPU leaves a product with a constant of zeros and one value above 1."""
-    mask = saved(node, name)
-    if not isinstance(mask, Tensor) or mask.dim() == 0 or not mask.is_floating_point():
+    if factor.dim() == 0 or not factor.is_floating_point():
         return False
-    largest = mask.max()
-    return bool(largest > 1) and bool((mask == 0).any()) and bool(((mask == 0) | (mask == largest)).all())
+    largest = factor.max()
+    return bool(largest > 1) and bool((factor == 0).any()) and bool(((factor == 0) | (factor == largest)).all())

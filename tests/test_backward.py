@@ -94,6 +94,14 @@ def test_same_call_as_autograd(model, x):
     torch.testing.assert_close(both, libra_grad(output[:, :2].sum(1), x)[0])
 
 
+def test_lstm_from_a_zero_state(x):
+    lstm = nn.LSTM(8, 6, num_layers=2, batch_first=True, bidirectional=True).double()
+    with torch.backends.mkldnn.flags(enabled=False):
+        output = lstm(x)[0][:, -1, 2]
+    parts = (x, *additive_constants(output, x))
+    torch.testing.assert_close(dot(parts, libra_grad(output, parts)), output.sum().detach(), rtol=1e-9, atol=0)
+
+
 def test_several_inputs_at_different_depths(model, x):
     hidden = []
     hook = model.blocks[1].register_forward_pre_hook(lambda module, args: hidden.append(args[0]))
