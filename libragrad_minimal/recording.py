@@ -309,6 +309,10 @@ def record(
 
     def enter(block, args, kwargs):
         name = None if args else next((n for n in ("hidden_states", "x") if n in kwargs), None)
+        if not args and name is None:
+            raise ValueError(
+                f"{type(block).__name__} is given no tokens as hidden_states or x, but {', '.join(kwargs)}"
+            )
         h = args[0] if args else kwargs[name]
         if not tokens:  # everything before the first block is the input: h_0 begins the graph
             h = (start(h.detach()) if start else h.detach()).requires_grad_()
