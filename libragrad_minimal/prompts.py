@@ -118,5 +118,5 @@ def words_kept(tokenizer: Any, prompt: str) -> str:
 
     if not is_cut(prompt):
         return prompt
-    words = prompt.split()
+    words = prompt.split()[: tokenizer.context_length]  # every word takes a token at least
     return " ".join(words[: bisect_left(range(1, len(words) + 1), True, key=lambda n: is_cut(" ".join(words[:n])))])

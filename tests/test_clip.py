@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from libragrad_minimal import LIBRA, PLAIN, additive_constants, audit, libra_grad
 from libragrad_minimal.attribution import attribute
-from libragrad_minimal.models import DATA, LoadedModel, load_demo, load_pretrained, read_checkpoint
+from libragrad_minimal.models import DATA, LoadedModel, _describe_clip, load_demo, load_pretrained, read_checkpoint
 from libragrad_minimal.prompts import attribute_prompts, encode_prompts, tokenize_prompts, words_kept
 from libragrad_minimal.scenes import CLASSES, COLOURS, Scene, caption, draw_scene
 
@@ -80,6 +80,16 @@ def test_image_towers_are_complete(name):
     assert audit(f, image).complete
     assert relative_error(f, image) <= 1e-4
     assert relative_error(f, image, PLAIN) > 1e-2  # so the test can fail
+
+
+@pytest.mark.parametrize("name", ["ViT-B-16-SigLIP", "EVA02-B-16"])
+def test_prompts_on_towers_of_timm(name):
+    model = image_tower(name)
+    loaded = _describe_clip(name, model, None, open_clip.SimpleTokenizer(context_length=8))
+    result = attribute_prompts(loaded, torch.randn(1, 3, 224, 224), ["a cat", "two dogs"], progress=False)
+    assert result.maps.shape == (1, 2, *loaded.grid) and loaded.grid == (14, 14)
+    assert loaded.prefix_tokens == (1 if name == "EVA02-B-16" else 0)
+    assert result.completeness_error.max() <= 1e-4 * result.similarity.abs().max()
 
 
 @pytest.mark.parametrize("quick_gelu", [False, True])
