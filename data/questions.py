@@ -1,6 +1,6 @@
 """Short stories with a question, its answer, and the words of the story the answer rests on.
 
-Ten kinds of question, all generated, so the evidence is known by construction:
+Eight kinds of question, all generated, so the evidence is known by construction:
 
     Anna has a red ball. [Ben] has a [blue] [kite]. Anna is in the park. The colour of Ben's kite is -> " blue"
 
@@ -60,27 +60,13 @@ Story = tuple[list[str], list[Query]]  # the facts in order, each ending in a sp
 
 
 def colour_of(rng: random.Random, size: int) -> Story:
-    owners, things = rng.sample(NAMES, max(2, size - 1)), rng.sample(THINGS, max(2, size - 1))
-    pairs = rng.sample([(owner, thing) for owner in owners for thing in things], size)
-    colours = rng.sample(COLOURS, size)
+    owners, things, colours = (rng.sample(words, size) for words in (NAMES, THINGS, COLOURS))
     facts, queries = [], []
-    for number, ((owner, thing), colour) in enumerate(zip(pairs, colours, strict=True)):
+    for number, (owner, thing, colour) in enumerate(zip(owners, things, colours, strict=True)):
         facts.append(f"{owner} has a {colour} {thing}. ")
         wrong = colours[number - 1] if size > 1 else rng.choice([c for c in COLOURS if c != colour])
         evidence = {number: f"[{owner}] has a [{colour}] [{thing}]. "}
         queries.append(Query(f"The colour of {owner}'s {thing} is", f" {colour}", f" {wrong}", evidence))
-    return facts, queries
-
-
-def owner_of(rng: random.Random, size: int) -> Story:
-    owners, colours = rng.sample(NAMES, size), rng.sample(COLOURS, size)
-    things = [rng.choice(THINGS[: size + 1] if rng.random() < 0.5 else THINGS) for _ in range(size)]
-    facts, queries = [], []
-    for number, (owner, colour, thing) in enumerate(zip(owners, colours, things, strict=True)):
-        facts.append(f"{owner} has a {colour} {thing}. ")
-        wrong = owners[number - 1] if size > 1 else rng.choice([name for name in NAMES if name != owner])
-        evidence = {number: f"[{owner}] has a [{colour}] [{thing}]. "}
-        queries.append(Query(f"The {colour} {thing} belongs to", f" {owner}", f" {wrong}", evidence))
     return facts, queries
 
 
@@ -172,21 +158,6 @@ def _looked_up(rng: random.Random, size: int, table: dict, fact: str, indirect: 
     return facts, queries
 
 
-def adding(rng: random.Random, size: int) -> Story:
-    people = rng.sample(NAMES, max(2, size))
-    amounts = [rng.randint(1, 4) for _ in people]
-    coins = ["coin" if amount == 1 else "coins" for amount in amounts]
-    owned = list(zip(people, amounts, coins, strict=True))
-    facts = [f"{person} has {NUMBERS[amount - 1]} {noun}. " for person, amount, noun in owned]
-    marked = [f"[{person}] has [{NUMBERS[amount - 1]}] {noun}. " for person, amount, noun in owned]
-    first, second = sorted(rng.sample(range(len(people)), 2))
-    total = amounts[first] + amounts[second]
-    wrong = rng.choice([number for number in range(2, 9) if number != total])
-    evidence = {number: marked[number] for number in (first, second)}
-    ask = f"Together {people[first]} and {people[second]} have"
-    return facts, [Query(ask, f" {NUMBERS[total - 1]}", f" {NUMBERS[wrong - 1]}", evidence)]
-
-
 def code(rng: random.Random, size: int) -> Story:
     variables = rng.sample(THINGS, max(1, size - 1))
     assigned = variables + rng.choices(variables, k=size - len(variables))
@@ -204,26 +175,22 @@ def code(rng: random.Random, size: int) -> Story:
 
 KINDS: dict[str, Callable[[random.Random, int], Story]] = {
     "colour": colour_of,
-    "owner": owner_of,
     "place": place_of,
     "counting": counting,
     "ordering": ordering,
     "copying": copying,
     "opposite": opposite,
     "capital": capital,
-    "adding": adding,
     "code": code,
 }
 UNRELATED = {  # which kinds of sentence can be slipped into a story without touching its answers
     "colour": ("place", "opposite", "capital"),
-    "owner": ("place", "opposite", "capital"),
     "place": ("colour", "opposite", "capital"),
     "counting": ("colour", "place", "capital"),
     "ordering": ("colour", "place", "capital"),
     "copying": ("colour", "place", "capital"),
     "opposite": ("colour", "place", "capital"),
     "capital": ("colour", "place", "opposite"),
-    "adding": ("place", "opposite", "capital"),
     "code": ("code",),  # a program holds nothing but assignments
 }
 
@@ -251,12 +218,12 @@ def held_out(question: Question) -> bool:
 
 
 def held_out_questions(count: int, seed: int = 0) -> list[Question]:
-    """`count` different held-out questions, the ten kinds in turn; stories of 2 to 4 facts, up to 2 unrelated ones."""
+    """`count` different held-out questions, the kinds in turn; stories of 2 or 3 facts, at most one unrelated."""
     rng = random.Random(seed)
     kinds, found = list(KINDS), {}
     while len(found) < count:
         kind = kinds[len(found) % len(kinds)]
-        (question,) = make_questions(rng, kind, size=rng.randint(2, 4), unrelated=rng.randint(0, 2))
+        (question,) = make_questions(rng, kind, size=rng.randint(2, 3), unrelated=rng.randint(0, 1))
         if held_out(question):
             found[question.prompt] = question
     return list(found.values())

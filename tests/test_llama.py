@@ -122,7 +122,7 @@ def test_gate_has_the_slope_of_the_secant(notebook):
 
 
 def test_mlp_halves_both_factors(notebook):
-    mlp = LlamaMLP(LlamaConfig(hidden_size=6, intermediate_size=10)).requires_grad_(False)
+    mlp = LlamaMLP(LlamaConfig(hidden_size=6, intermediate_size=10, num_attention_heads=2)).requires_grad_(False)
     x, weights = torch.randn(4, 6), torch.randn(4, 6)
     with notebook.repairs_on(["gate"]):
         value, gradient = gradient_of(lambda x: notebook.libra_mlp(mlp, x), x, weights)
@@ -404,13 +404,10 @@ def test_prompts_are_many_and_distinct():
 
 def solve(question) -> str:
     """The answer read off the text by other means than the generator's."""
-    text, names = question.prompt, "|".join(questions.NAMES)
+    text = question.prompt
     if question.kind == "colour":
         owner, thing = re.search(r"of (\w+)'s (\w+) is", text).groups()
         return re.search(rf"{owner} has a (\w+) {thing}\.", text).group(1)
-    if question.kind == "owner":
-        thing = re.search(r"The (.*) belongs", question.ask).group(1)
-        return re.search(rf"(\w+) has a {thing}\.", text).group(1)
     if question.kind == "place":
         person = re.search(r"Now (\w+)", question.ask).group(1)
         return re.findall(rf"{person} went to the (\w+)\.", text)[-1]
@@ -432,10 +429,6 @@ def solve(question) -> str:
         said = rf"{person.group(1)} (?:says|comes from) (\w+)\." if person else r"of (\w+) is"
         words = [word for word in re.findall(said, text) if word in table]
         return table[words[-1]]
-    if question.kind == "adding":
-        owned = dict(re.findall(rf"({names}) has (\w+) coins?\.", text))
-        people = re.search(r"Together (\w+) and (\w+)", text).groups()
-        return questions.NUMBERS[sum(questions.NUMBERS.index(owned[person]) + 1 for person in people) - 1]
     assert question.kind == "code"
     variable = re.search(r"print.(\w+)", question.ask).group(1)
     return re.findall(rf"{variable} = (\d)", text)[-1]
