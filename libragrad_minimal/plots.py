@@ -47,6 +47,9 @@ class TokenStrips:
     def __init__(self, *strips: Strip):
         self.strips = strips
 
+    def __repr__(self) -> str:
+        return f"TokenStrips of {len(self.strips)} texts"
+
     def _repr_html_(self) -> str:
         rows = "".join(_strip_html(strip) for strip in self.strips)
         return f'<div style="line-height:2.1;font-size:15px">{rows}</div>'
