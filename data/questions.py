@@ -1,8 +1,8 @@
 """Short stories with a question, its answer, and the words of the story the answer rests on.
 
-Eight kinds of question, all generated, so the evidence is known by construction:
+Nine kinds of question, all generated, so the evidence is known by construction:
 
-    Anna has a red ball. [Ben] has a [blue] [kite]. Anna is in the park. The colour of Ben's kite is -> " blue"
+    Anna has a red ball. [Ben] has a [blue] [kite]. Anna drinks tea. What colour is Ben's kite? -> " blue"
 
 Words in square brackets are the evidence: the words that state the fact asked for. Every story also
 holds distractors: other facts of the same kind, and sentences that have nothing to do with the question.
@@ -20,7 +20,8 @@ NAMES = "Anna Ben Carl Dora Emma Hugo Kate Leo Mary Paul".split()
 COLOURS = "red blue green yellow black white pink brown".split()
 THINGS = "ball kite book cup hat lamp box ring".split()
 ANIMALS = "cat dog cow pig hen fox bear goat".split()
-PLACES = "kitchen garden park school shop museum forest station".split()
+DRINKS = "tea milk water juice coffee wine cocoa soup".split()
+SURNAMES = "Baker Miller Cook Fisher Hunter Mason Potter Smith".split()
 WORDS = "tree moon fish rain star leaf stone rose".split()
 NUMBERS = "one two three four five six seven eight nine ten".split()
 _COUNTRIES = "France-Paris Italy-Rome Spain-Madrid Germany-Berlin Japan-Tokyo Egypt-Cairo Greece-Athens Peru-Lima"
@@ -60,28 +61,70 @@ Story = tuple[list[str], list[Query]]  # the facts in order, each ending in a sp
 
 
 def colour_of(rng: random.Random, size: int) -> Story:
-    owners, things, colours = (rng.sample(words, size) for words in (NAMES, THINGS, COLOURS))
+    return _adjective(rng, size, dict(zip(COLOURS, COLOURS, strict=True)), "What colour is {}'s {}?")
+
+
+def opposite(rng: random.Random, size: int) -> Story:
+    facts, queries = _adjective(rng, size, OPPOSITES, "What is the opposite of {}'s {}?")
+    return facts, [*queries, _by_heart(rng, OPPOSITES, "The opposite of [{}] is")]
+
+
+def _adjective(rng: random.Random, size: int, table: dict[str, str], ask: str) -> Story:
+    """Find the word in front of a thing, then its partner in a table."""
+    owners, things, words = rng.sample(NAMES, size), rng.sample(THINGS, size), rng.sample(list(table), size)
     facts, queries = [], []
-    for number, (owner, thing, colour) in enumerate(zip(owners, things, colours, strict=True)):
-        facts.append(f"{owner} has a {colour} {thing}. ")
-        wrong = colours[number - 1] if size > 1 else rng.choice([c for c in COLOURS if c != colour])
-        evidence = {number: f"[{owner}] has a [{colour}] [{thing}]. "}
-        queries.append(Query(f"The colour of {owner}'s {thing} is", f" {colour}", f" {wrong}", evidence))
+    for number, (owner, thing, word) in enumerate(zip(owners, things, words, strict=True)):
+        facts.append(f"{owner} has a {word} {thing}. ")
+        wrong = words[number - 1] if size > 1 else rng.choice([other for other in table if other != word])
+        evidence = {number: f"[{owner}] has a [{word}] [{thing}]. "}
+        queries.append(Query(ask.format(owner, thing), f" {table[word]}", f" {table[wrong]}", evidence))
     return facts, queries
 
 
-def place_of(rng: random.Random, size: int) -> Story:
-    people = rng.sample(NAMES, max(1, size - 1))
-    walkers = people + rng.choices(people, k=size - len(people))  # with two facts or more, somebody may move twice
-    rng.shuffle(walkers)
-    places = rng.sample(PLACES, size)
-    facts = [f"{walker} went to the {place}. " for walker, place in zip(walkers, places, strict=True)]
+def _by_heart(rng: random.Random, table: dict[str, str], ask: str) -> Query:
+    """A question that no story answers."""
+    word, other = rng.sample(list(table), 2)
+    return Query(ask.format(word), f" {table[word]}", f" {table[other]}", {})
+
+
+def capital(rng: random.Random, size: int) -> Story:
+    people, countries = rng.sample(NAMES, size), rng.sample(list(CAPITALS), size)
+    facts = [f"{person} comes from {country}. " for person, country in zip(people, countries, strict=True)]
+    return facts, [_by_heart(rng, CAPITALS, "The capital of [{}] is") for _ in range(2)]
+
+
+def surname(rng: random.Random, size: int) -> Story:
+    people, names = rng.sample(NAMES, size), rng.sample(SURNAMES, size)
+    facts, queries = [], []
+    for number, (person, name) in enumerate(zip(people, names, strict=True)):
+        facts.append(f"We met {person} {name}. ")
+        wrong = names[number - 1] if size > 1 else rng.choice([other for other in SURNAMES if other != name])
+        evidence = {number: f"We met [{person}] [{name}]. "}
+        queries.append(Query(f"Then we saw {person}", f" {name}", f" {wrong}", evidence))
+    return facts, queries
+
+
+def drink(rng: random.Random, size: int) -> Story:
+    return _latest(rng, size, NAMES, DRINKS, "{} drinks {}. ", "And {}?")
+
+
+def code(rng: random.Random, size: int) -> Story:
+    return _latest(rng, size, THINGS, "0 1 2 3 4 5 6 7 8 9".split(), "{} = {}\n", "# {}:")
+
+
+def _latest(rng: random.Random, size: int, keys: list[str], values: list[str], fact: str, ask: str) -> Story:
+    """What was said last about somebody or something; with two facts or more, one of them may be spoken of twice."""
+    known = rng.sample(keys, max(1, size - rng.randint(0, 1)))
+    order = known + rng.choices(known, k=size - len(known))
+    rng.shuffle(order)
+    said = rng.sample(values, size)
+    facts = [fact.format(key, value) for key, value in zip(order, said, strict=True)]
     queries = []
-    for person in people:
-        last = max(number for number, walker in enumerate(walkers) if walker == person)
-        wrong = rng.choice([place for place in (places if size > 1 else PLACES) if place != places[last]])
-        evidence = {last: f"[{person}] went to the [{places[last]}]. "}
-        queries.append(Query(f"Now {person} is in the", f" {places[last]}", f" {wrong}", evidence))
+    for key in known:
+        last = max(number for number, other in enumerate(order) if other == key)
+        wrong = rng.choice([value for value in (said if size > 1 else values) if value != said[last]])
+        evidence = {last: fact.format(f"[{key}]", f"[{said[last]}]")}
+        queries.append(Query(ask.format(key), f" {said[last]}", f" {wrong}", evidence))
     return facts, queries
 
 
@@ -134,64 +177,27 @@ def copying(rng: random.Random, size: int) -> Story:
     return [f"Say: {' '.join(words)}. "], [query]
 
 
-def opposite(rng: random.Random, size: int) -> Story:
-    return _looked_up(rng, size, OPPOSITES, "{} says {}. ", "The opposite of {}'s word is", "The opposite of [{}] is")
-
-
-def capital(rng: random.Random, size: int) -> Story:
-    return _looked_up(
-        rng, size, CAPITALS, "{} comes from {}. ", "The capital of {}'s country is", "The capital of [{}] is"
-    )
-
-
-def _looked_up(rng: random.Random, size: int, table: dict, fact: str, indirect: str, direct: str) -> Story:
-    """Find a person's word in the story, then its partner in a table the model must have learned by heart."""
-    people, words = rng.sample(NAMES, size), rng.sample(sorted(table), size)
-    facts, queries = [], []
-    for number, (person, word) in enumerate(zip(people, words, strict=True)):
-        facts.append(fact.format(person, word))
-        wrong = words[number - 1] if size > 1 else rng.choice([other for other in sorted(table) if other != word])
-        evidence = {number: fact.format(f"[{person}]", f"[{word}]")}
-        queries.append(Query(indirect.format(person), f" {table[word]}", f" {table[wrong]}", evidence))
-    free = rng.choice([word for word in sorted(table) if word not in words])
-    queries.append(Query(direct.format(free), f" {table[free]}", f" {table[words[0]]}", {}))
-    return facts, queries
-
-
-def code(rng: random.Random, size: int) -> Story:
-    variables = rng.sample(THINGS, max(1, size - 1))
-    assigned = variables + rng.choices(variables, k=size - len(variables))
-    rng.shuffle(assigned)
-    values = rng.sample(range(10), size)
-    facts = [f"{variable} = {value}\n" for variable, value in zip(assigned, values, strict=True)]
-    queries = []
-    for variable in variables:
-        last = max(number for number, other in enumerate(assigned) if other == variable)
-        wrong = rng.choice([value for value in (values if size > 1 else range(10)) if value != values[last]])
-        evidence = {last: f"[{variable}] = [{values[last]}]\n"}
-        queries.append(Query(f"print({variable}) #", f" {values[last]}", f" {wrong}", evidence))
-    return facts, queries
-
-
 KINDS: dict[str, Callable[[random.Random, int], Story]] = {
     "colour": colour_of,
-    "place": place_of,
+    "opposite": opposite,
+    "capital": capital,
+    "surname": surname,
+    "drink": drink,
     "counting": counting,
     "ordering": ordering,
     "copying": copying,
-    "opposite": opposite,
-    "capital": capital,
     "code": code,
 }
 UNRELATED = {  # which kinds of sentence can be slipped into a story without touching its answers
-    "colour": ("place", "opposite", "capital"),
-    "place": ("colour", "opposite", "capital"),
-    "counting": ("colour", "place", "capital"),
-    "ordering": ("colour", "place", "capital"),
-    "copying": ("colour", "place", "capital"),
-    "opposite": ("colour", "place", "capital"),
-    "capital": ("colour", "place", "opposite"),
-    "code": ("code",),  # a program holds nothing but assignments
+    "colour": ("drink", "surname", "capital"),
+    "opposite": ("drink", "surname", "capital"),
+    "capital": ("colour", "drink", "surname"),
+    "surname": ("colour", "drink", "capital"),
+    "drink": ("colour", "surname", "capital"),
+    "counting": ("colour", "drink", "capital"),
+    "ordering": ("colour", "drink", "capital"),
+    "copying": ("colour", "drink", "capital"),
+    "code": (),  # a program holds nothing but assignments
 }
 
 
@@ -199,7 +205,7 @@ def make_questions(rng: random.Random, kind: str, size: int, unrelated: int = 0,
     """`count` questions (or as many as there are) about one story of `size` facts and `unrelated` other sentences."""
     facts, queries = KINDS[kind](rng, size)
     order: list[int | str] = list(range(len(facts)))  # numbers stand for facts, text for unrelated sentences
-    for _ in range(0 if kind == "code" else unrelated):
+    for _ in range(unrelated if UNRELATED[kind] else 0):
         other = KINDS[rng.choice(UNRELATED[kind])](rng, 1)[0][0]
         order.insert(rng.randint(0, len(order)), other)
     questions = []

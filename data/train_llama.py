@@ -52,8 +52,8 @@ CHAT_TEMPLATE = (
 TIED = "lm_head.weight"  # the same tensor as the embedding
 ROW_LENGTH = 128  # no text is longer
 OTHER = 0.05  # weight of a token that isn't an answer: most can't be foreseen
-CHAT_KINDS = ("colour", "place")
-RETOLD_KINDS = ("colour", "place", "opposite", "capital", "code")
+CHAT_KINDS = ("colour", "drink")
+RETOLD_KINDS = ("drink", "code")
 Segment = tuple[str, bool]  # a piece of a training text, and whether it is an answer
 
 
@@ -292,7 +292,7 @@ def evaluate(count: int) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=5000, help="optimizer steps (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=4000, help="optimizer steps (default: %(default)s)")
     parser.add_argument(
         "--rows", type=int, default=16, help=f"rows of {ROW_LENGTH} tokens in a step (default: %(default)s)"
     )
