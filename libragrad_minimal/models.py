@@ -53,7 +53,8 @@ def load_pretrained(kind: str, name: str) -> LoadedModel:
 
     Downloaded once, then taken from the Hugging Face cache.
 
-    Raises ValueError for an unknown kind, and whatever the hub's library raises for an unknown name.
+    Raises ValueError for an unknown kind, OSError if the hub can't be reached, and whatever the hub's library raises
+    for an unknown name.
     """
     return _loader(PRETRAINED, kind)(name)
 
@@ -70,9 +71,13 @@ def _demo_vit(checkpoint: "Checkpoint") -> LoadedModel:
 
 def _pretrained_vit(name: str) -> LoadedModel:
     import timm
+    from huggingface_hub.errors import LocalEntryNotFoundError
     from timm.data import ImageNetInfo, create_transform, resolve_model_data_config
 
-    model = timm.create_model(name, pretrained=True)
+    try:
+        model = timm.create_model(name, pretrained=True)
+    except LocalEntryNotFoundError as error:
+        raise _unreachable(name, "the name of a model that is", "vit") from error
     info = ImageNetInfo()
     is_imagenet = model.num_classes == info.num_classes()
     class_names = [info.index_to_description(i) for i in range(model.num_classes)] if is_imagenet else None
@@ -140,10 +145,7 @@ def _pretrained_llama(name: str) -> LoadedModel:
             )
             return _download_llama(UNGATED_LLAMA)
         if _cause(error, LocalEntryNotFoundError) is not None:
-            raise OSError(
-                f"{name} is not on this machine and the hub can't be reached. Connect to the internet (and unset "
-                'HF_HUB_OFFLINE), give the path of a folder that holds a model, or use load_demo("llama").'
-            ) from error
+            raise _unreachable(name, "the path of a folder that holds a model", "llama") from error
         raise
 
 
@@ -172,6 +174,13 @@ def _device_and_dtype() -> tuple[str, torch.dtype]:
     if not torch.cuda.is_available():
         return "cpu", torch.float32
     return "cuda", torch.bfloat16 if torch.cuda.get_device_capability() >= (8, 0) else torch.float16
+
+
+def _unreachable(name: str, alternative: str, kind: str) -> OSError:
+    return OSError(
+        f"{name} is not on this machine and the hub can't be reached. Connect to the internet (and unset "
+        f'HF_HUB_OFFLINE), give {alternative}, or use load_demo("{kind}").'
+    )
 
 
 def _cause(error: BaseException, kind: type) -> Any:

@@ -1,4 +1,4 @@
-"""Pictures of attributions: token strips for text, heatmaps and curves for the rest."""
+"""Pictures of attributions: token strips for text, heatmaps for pictures."""
 
 from __future__ import annotations
 
@@ -125,9 +125,7 @@ def _strips_figure(strips: Sequence[Strip], width: float) -> Figure:
     return figure
 
 
-# --- heatmaps and curves ----------------------------------------------------------------------------------------------
-
-LINE_STYLES = ("-", "--", ":", "-.")  # so that curves can be told apart without colours
+# --- heatmaps ---------------------------------------------------------------------------------------------------------
 
 
 def heatmaps(
@@ -197,34 +195,3 @@ def _show_map(axes: plt.Axes, picture: np.ndarray, scores: np.ndarray, full: flo
     background = 150 + 0.4 * picture.mean(axis=2, keepdims=True)
     blended = background * (1 - opacity) + np.where(strength > 0, POSITIVE, NEGATIVE) * opacity
     axes.imshow(blended.astype(np.uint8))
-
-
-def curves(
-    lines: dict[str, Sequence[float] | np.ndarray],
-    x_label: str,
-    y_label: str,
-    x: Sequence[float] | None = None,
-    reference: float | None = None,
-    size: tuple[float, float] = (6, 3),
-) -> Figure:
-    """Named lines over a shared x axis (default 0, 1, 2, ...), with an optional thin horizontal reference.
-
-    lines: name -> values (n,), or (samples, n): then the mean is drawn, with its standard error as a band.
-    """
-    figure, axes = plt.subplots(figsize=size)
-    for i, (name, values) in enumerate(lines.items()):
-        samples = np.atleast_2d(np.asarray(values, dtype=float))
-        middle = samples.mean(axis=0)
-        places = np.arange(len(middle)) if x is None else np.asarray(x)
-        (line,) = axes.plot(places, middle, label=name, linestyle=LINE_STYLES[i % len(LINE_STYLES)])
-        if len(samples) > 1:
-            error = samples.std(axis=0, ddof=1) / len(samples) ** 0.5
-            axes.fill_between(places, middle - error, middle + error, color=line.get_color(), alpha=0.2, linewidth=0)
-    if reference is not None:
-        axes.axhline(reference, color="0.6", linewidth=0.8, zorder=0)
-    axes.set(xlabel=x_label, ylabel=y_label)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False)
-    figure.tight_layout()
-    plt.close(figure)
-    return figure

@@ -138,3 +138,12 @@ def test_a_model_without_blocks_is_refused(monkeypatch):
     monkeypatch.setattr(timm, "create_model", lambda name, pretrained: create(name))
     with pytest.raises(ValueError, match="resnet18 has no blocks"):
         load_pretrained("vit", "resnet18")
+
+
+def test_a_model_that_the_hub_would_have_is_asked_for_offline(monkeypatch, tmp_path):
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    with pytest.raises(OSError, match=r'vit_small\S+ is not on this machine.*load_demo\("vit"\)'):
+        load_pretrained("vit", "vit_small_patch16_224.augreg_in21k_ft_in1k")
