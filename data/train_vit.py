@@ -81,6 +81,8 @@ def train(steps: int, seed: int) -> None:
     done, seconds = 0, 0.0
     if PROGRESS.exists():
         saved = torch.load(PROGRESS, weights_only=True)
+        if saved["seed"] != seed:
+            raise SystemExit(f"{PROGRESS} is of a run with --seed {saved['seed']}; go on with that, or delete the file")
         model.load_state_dict(saved["model"])
         optimizer.load_state_dict(saved["optimizer"])
         done, seconds = saved["done"], saved["seconds"]
@@ -108,10 +110,10 @@ def train(steps: int, seed: int) -> None:
             PROGRESS.parent.mkdir(exist_ok=True)
             spent = seconds + time.time() - started
             state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "done": done, "seconds": spent}
-            torch.save(state, PROGRESS.with_suffix(".new"))
+            torch.save({**state, "seed": seed}, PROGRESS.with_suffix(".new"))
             PROGRESS.with_suffix(".new").replace(PROGRESS)
-            print(f"\nstep {done}: loss {average:.4f}, {spent / 60:.0f} minutes", flush=True)
             save(model)
+            bar.write(f"step {done}: loss {average:.4f}, {spent / 60:.0f} minutes")
 
 
 def save(model: VisionTransformer) -> None:
