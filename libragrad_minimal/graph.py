@@ -328,7 +328,7 @@ def constant_factors(node: Node) -> list[Tensor]:
 
 def is_dropout_mask(factor: Tensor) -> bool:
     """Dropout on the CPU leaves a product with a constant of zeros and one value above 1."""
-    if factor.dim() == 0 or not factor.is_floating_point():
+    if factor.numel() < 2 or not factor.is_floating_point():
         return False
     largest = factor.max()
     return bool(largest > 1) and bool((factor == 0).any()) and bool(((factor == 0) | (factor == largest)).all())
