@@ -147,7 +147,15 @@ def contrastive_loss(model: CLIP, scenes: list[Scene], rng: np.random.Generator)
         spread_cross_entropy(table, true) + spread_cross_entropy(table.T, true.T)
         for table, (_, true) in zip(tables, groups.values(), strict=True)
     ]
-    return sum(losses) / (2 * len(losses))
+    return sum(losses) / (2 * len(losses)) + binding_loss(
+        tables[0], *(groups[g][1] for g in ("phrases", "objects", "colours"))
+    )
+
+
+def binding_loss(logits: Tensor, true: Tensor, objects: Tensor, colours: Tensor) -> Tensor:
+    """Cross entropy among those phrases (scenes, 72) whose words all fit the scene: whose colour is whose?"""
+    words_fit = (colours[:, :, None] * objects[:, None, :]).flatten(1) > 0
+    return spread_cross_entropy(logits.masked_fill(~words_fit, -100), true)
 
 
 # ---- training --------------------------------------------------------------------------------------------------------
@@ -293,7 +301,7 @@ def percent(right: list[bool]) -> str:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "--steps", type=int, default=2400, help=f"steps of {BATCH} scenes in all (default: %(default)s)"
+        "--steps", type=int, default=3000, help=f"steps of {BATCH} scenes in all (default: %(default)s)"
     )
     parser.add_argument("--seed", type=int, default=0, help="of the weights and of the scenes (default: %(default)s)")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="CPU threads (default: all)")
