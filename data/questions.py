@@ -1,8 +1,8 @@
 """Short stories with a question, its answer, and the words of the story the answer rests on.
 
-Nine kinds of question, all generated, so the evidence is known by construction:
+Six kinds of question, all generated, so the evidence is known by construction:
 
-    Anna has a red ball. [Ben] has a [blue] [kite]. Anna drinks tea. What colour is Ben's kite? -> " blue"
+    Anna has a red ball. [Ben] has a [blue] [kite]. Carl comes from Peru. What colour is Ben's kite? -> " blue"
 
 Words in square brackets are the evidence: the words that state the fact asked for. Every story also
 holds distractors: other facts of the same kind, and sentences that have nothing to do with the question.
@@ -20,8 +20,6 @@ NAMES = "Anna Ben Carl Dora Emma Hugo Kate Leo Mary Paul".split()
 COLOURS = "red blue green yellow black white pink brown".split()
 THINGS = "ball kite book cup hat lamp box ring".split()
 ANIMALS = "cat dog cow pig hen fox bear goat".split()
-DRINKS = "tea milk water juice coffee wine cocoa soup".split()
-SURNAMES = "Baker Miller Cook Fisher Hunter Mason Potter Smith".split()
 WORDS = "tree moon fish rain star leaf stone rose".split()
 NUMBERS = "one two three four five six seven eight nine ten".split()
 _COUNTRIES = "France-Paris Italy-Rome Spain-Madrid Germany-Berlin Japan-Tokyo Egypt-Cairo Greece-Athens Peru-Lima"
@@ -57,28 +55,29 @@ class Query:
     evidence: dict[int, str]
 
 
-Story = tuple[list[str], list[Query]]  # the facts in order, each ending in a space or newline, and what can be asked
+Story = tuple[list[str], list[Query]]  # the facts in order, each ending in a space, and what can be asked
 
 
 def colour_of(rng: random.Random, size: int) -> Story:
-    return _adjective(rng, size, dict(zip(COLOURS, COLOURS, strict=True)), "What colour is {}'s {}?")
+    return _owned(rng, size, COLOURS)
+
+
+def _owned(rng: random.Random, size: int, adjectives: list[str]) -> Story:
+    """Who owns what, and the question of what colour it is."""
+    owners, things, words = rng.sample(NAMES, size), rng.sample(THINGS, size), rng.sample(adjectives, size)
+    facts, queries = [], []
+    for number, (owner, thing, word) in enumerate(zip(owners, things, words, strict=True)):
+        article = "an" if word[0] in "aeiou" else "a"
+        facts.append(f"{owner} has {article} {word} {thing}. ")
+        wrong = words[number - 1] if size > 1 else rng.choice([other for other in adjectives if other != word])
+        evidence = {number: f"[{owner}] has {article} [{word}] [{thing}]. "}
+        queries.append(Query(f"What colour is {owner}'s {thing}?", f" {word}", f" {wrong}", evidence))
+    return facts, queries
 
 
 def opposite(rng: random.Random, size: int) -> Story:
-    facts, queries = _adjective(rng, size, OPPOSITES, "What is the opposite of {}'s {}?")
-    return facts, [*queries, _by_heart(rng, OPPOSITES, "The opposite of [{}] is")]
-
-
-def _adjective(rng: random.Random, size: int, table: dict[str, str], ask: str) -> Story:
-    """Find the word in front of a thing, then its partner in a table."""
-    owners, things, words = rng.sample(NAMES, size), rng.sample(THINGS, size), rng.sample(list(table), size)
-    facts, queries = [], []
-    for number, (owner, thing, word) in enumerate(zip(owners, things, words, strict=True)):
-        facts.append(f"{owner} has a {word} {thing}. ")
-        wrong = words[number - 1] if size > 1 else rng.choice([other for other in table if other != word])
-        evidence = {number: f"[{owner}] has a [{word}] [{thing}]. "}
-        queries.append(Query(ask.format(owner, thing), f" {table[word]}", f" {table[wrong]}", evidence))
-    return facts, queries
+    facts, _ = _owned(rng, size, list(OPPOSITES))  # adjectives that distract
+    return facts, [_by_heart(rng, OPPOSITES, "The opposite of [{}] is") for _ in range(2)]
 
 
 def _by_heart(rng: random.Random, table: dict[str, str], ask: str) -> Query:
@@ -91,41 +90,6 @@ def capital(rng: random.Random, size: int) -> Story:
     people, countries = rng.sample(NAMES, size), rng.sample(list(CAPITALS), size)
     facts = [f"{person} comes from {country}. " for person, country in zip(people, countries, strict=True)]
     return facts, [_by_heart(rng, CAPITALS, "The capital of [{}] is") for _ in range(2)]
-
-
-def surname(rng: random.Random, size: int) -> Story:
-    people, names = rng.sample(NAMES, size), rng.sample(SURNAMES, size)
-    facts, queries = [], []
-    for number, (person, name) in enumerate(zip(people, names, strict=True)):
-        facts.append(f"We met {person} {name}. ")
-        wrong = names[number - 1] if size > 1 else rng.choice([other for other in SURNAMES if other != name])
-        evidence = {number: f"We met [{person}] [{name}]. "}
-        queries.append(Query(f"Then we saw {person}", f" {name}", f" {wrong}", evidence))
-    return facts, queries
-
-
-def drink(rng: random.Random, size: int) -> Story:
-    return _latest(rng, size, NAMES, DRINKS, "{} drinks {}. ", "And {}?")
-
-
-def code(rng: random.Random, size: int) -> Story:
-    return _latest(rng, size, THINGS, "0 1 2 3 4 5 6 7 8 9".split(), "{} = {}\n", "# {}:")
-
-
-def _latest(rng: random.Random, size: int, keys: list[str], values: list[str], fact: str, ask: str) -> Story:
-    """What was said last about somebody or something; with two facts or more, one of them may be spoken of twice."""
-    known = rng.sample(keys, max(1, size - rng.randint(0, 1)))
-    order = known + rng.choices(known, k=size - len(known))
-    rng.shuffle(order)
-    said = rng.sample(values, size)
-    facts = [fact.format(key, value) for key, value in zip(order, said, strict=True)]
-    queries = []
-    for key in known:
-        last = max(number for number, other in enumerate(order) if other == key)
-        wrong = rng.choice([value for value in (said if size > 1 else values) if value != said[last]])
-        evidence = {last: fact.format(f"[{key}]", f"[{said[last]}]")}
-        queries.append(Query(ask.format(key), f" {said[last]}", f" {wrong}", evidence))
-    return facts, queries
 
 
 def counting(rng: random.Random, size: int) -> Story:
@@ -181,23 +145,17 @@ KINDS: dict[str, Callable[[random.Random, int], Story]] = {
     "colour": colour_of,
     "opposite": opposite,
     "capital": capital,
-    "surname": surname,
-    "drink": drink,
     "counting": counting,
     "ordering": ordering,
     "copying": copying,
-    "code": code,
 }
 UNRELATED = {  # which kinds of sentence can be slipped into a story without touching its answers
-    "colour": ("drink", "surname", "capital"),
-    "opposite": ("drink", "surname", "capital"),
-    "capital": ("colour", "drink", "surname"),
-    "surname": ("colour", "drink", "capital"),
-    "drink": ("colour", "surname", "capital"),
-    "counting": ("colour", "drink", "capital"),
-    "ordering": ("colour", "drink", "capital"),
-    "copying": ("colour", "drink", "capital"),
-    "code": (),  # a program holds nothing but assignments
+    "colour": ("capital",),
+    "opposite": ("capital",),
+    "capital": ("colour",),
+    "counting": ("colour", "capital"),
+    "ordering": ("colour", "capital"),
+    "copying": ("colour", "capital"),
 }
 
 
@@ -205,7 +163,7 @@ def make_questions(rng: random.Random, kind: str, size: int, unrelated: int = 0,
     """`count` questions (or as many as there are) about one story of `size` facts and `unrelated` other sentences."""
     facts, queries = KINDS[kind](rng, size)
     order: list[int | str] = list(range(len(facts)))  # numbers stand for facts, text for unrelated sentences
-    for _ in range(unrelated if UNRELATED[kind] else 0):
+    for _ in range(unrelated):
         other = KINDS[rng.choice(UNRELATED[kind])](rng, 1)[0][0]
         order.insert(rng.randint(0, len(order)), other)
     questions = []

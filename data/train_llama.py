@@ -21,7 +21,6 @@ import torch.nn.functional as F
 from questions import (
     ANIMALS,
     COLOURS,
-    KINDS,
     NAMES,
     THINGS,
     WORDS,
@@ -40,6 +39,7 @@ from libragrad_minimal.models import load_demo
 HERE = Path(__file__).resolve().parent
 MODEL_FILE = HERE / "demo_llama.safetensors"
 CHECKPOINT = HERE / ".cache" / "train_llama.pt"
+TOKENIZER = HERE / ".cache" / "train_llama_tokenizer.json"
 QUESTIONS_FILE = HERE / "evidence_questions.json"
 
 BOS, EOS, PAD = "<|begin_of_text|>", "<|end_of_text|>", "<|pad|>"
@@ -52,8 +52,8 @@ CHAT_TEMPLATE = (
 TIED = "lm_head.weight"  # the same tensor as the embedding
 ROW_LENGTH = 128  # no text is longer
 OTHER = 0.05  # weight of a token that isn't an answer: most can't be foreseen
-CHAT_KINDS = ("colour", "drink")
-RETOLD_KINDS = ("drink", "code")
+CHAT_KINDS = ("colour",)
+PRACTICE = {"colour": 2, "counting": 8, "ordering": 2, "copying": 1, "opposite": 1, "capital": 1}
 Segment = tuple[str, bool]  # a piece of a training text, and whether it is an answer
 
 
@@ -64,7 +64,7 @@ def training_text(rng: random.Random, progress: float = 1.0) -> list[Segment]:
     """
     if rng.random() < max(0.1, 1 - 10 * progress):  # nothing else at the very beginning
         return repetition(rng)
-    kind = rng.choice(list(KINDS))
+    kind = rng.choices(list(PRACTICE), PRACTICE.values())[0]
     unrelated = rng.choice((0, 0, 1)) if progress > 0.2 else 0
     questions = make_questions(rng, kind, size=rng.randint(1, 3), unrelated=unrelated, count=4)
     questions = [question for question in questions if not held_out(question)]
@@ -72,24 +72,12 @@ def training_text(rng: random.Random, progress: float = 1.0) -> list[Segment]:
         return training_text(rng, progress)
     if kind in CHAT_KINDS and rng.random() < 0.1:
         return chat_text(questions[0])
-    end = "\n" if kind == "code" else "."
     text: list[Segment] = [(BOS + questions[0].story.rstrip(" "), False)]
-    if kind in RETOLD_KINDS and rng.random() < 0.7:
-        text += retelling(rng, questions[0].story)
     for number, question in enumerate(questions):
         starts_text = number == 0 and not question.story
-        space = "" if kind == "code" or starts_text else " "
-        text += [(space + question.ask, kind == "copying"), (question.answer, True), (end, False)]
+        space = "" if starts_text else " "
+        text += [(space + question.ask, kind == "copying"), (question.answer, True), (".", False)]
     return [*text, (EOS, False)]
-
-
-def retelling(rng: random.Random, story: str) -> list[Segment]:
-    """The facts of a story once more in another order: many small questions about who goes with what."""
-    if "\n" in story:
-        lines = story.splitlines()
-        return [(line + "\n", True) for line in rng.sample(lines, len(lines))]
-    facts = story.rstrip(" .").split(". ")
-    return [(f" {fact}.", True) for fact in rng.sample(facts, len(facts))]
 
 
 def repetition(rng: random.Random) -> list[Segment]:
@@ -122,6 +110,10 @@ def make_tokenizer(seed: int) -> PreTrainedTokenizerFast:
     for token in special:
         texts = [text.replace(token, "\n\n") for text in texts]
     tokenizer.train_from_iterator([*texts, "system"], trainer)
+    if TOKENIZER.exists():  # from a training that is resumed
+        tokenizer = Tokenizer.from_file(str(TOKENIZER))
+    TOKENIZER.parent.mkdir(exist_ok=True)
+    tokenizer.save(str(TOKENIZER))
     bos_id = tokenizer.token_to_id(BOS)
     tokenizer.post_processor = processors.TemplateProcessing(f"{BOS} $A", special_tokens=[(BOS, bos_id)])
     return PreTrainedTokenizerFast(

@@ -405,19 +405,12 @@ def test_prompts_are_many_and_distinct():
 def solve(question) -> str:
     """The answer read off the text by other means than the generator's."""
     text, ask = question.prompt, question.ask
-    if question.kind in ("opposite", "capital") and ask.startswith("The "):
+    if question.kind in ("opposite", "capital"):
         table = questions.OPPOSITES if question.kind == "opposite" else questions.CAPITALS
         return table[re.search(r"of (\w+) is", ask).group(1)]
-    if question.kind in ("colour", "opposite"):
+    if question.kind == "colour":
         owner, thing = re.search(r"(\w+)'s (\w+)\?", ask).groups()
-        word = re.search(rf"{owner} has a (\w+) {thing}\.", text).group(1)
-        return word if question.kind == "colour" else questions.OPPOSITES[word]
-    if question.kind == "surname":
-        return re.search(rf"met {ask.split()[-1]} (\w+)\.", text).group(1)
-    if question.kind == "drink":
-        return re.findall(rf"{re.search(r'And (.*)[?]', ask).group(1)} drinks (\w+)\.", text)[-1]
-    if question.kind == "code":
-        return re.findall(rf"{re.search(r'# (.*):', ask).group(1)} = ([0-9])", text)[-1]
+        return re.search(rf"{owner} has a (\w+) {thing}\.", text).group(1)
     if question.kind == "counting":
         animal = re.search(r"number of (\w+)s is", ask).group(1)
         return questions.NUMBERS[len(re.findall(rf"a {animal}\b", text)) - 1]
