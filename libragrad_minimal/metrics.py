@@ -182,7 +182,7 @@ def deletion(
     labels: Tensor | None = None,
     removable: Tensor | None = None,
     fractions: tuple[float, ...] = FRACTIONS,
-    batch_size: int = 64,
+    batch_size: int = 32,
 ) -> dict[str, Deletion]:
     """Take tokens away in falling (MIF) and rising (LIF) order of score and record the model's answer.
 
