@@ -12,7 +12,7 @@ import math
 import random
 import time
 from collections import defaultdict
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from itertools import count
 from pathlib import Path
 
@@ -67,7 +67,7 @@ def training_text(rng: random.Random, progress: float = 1.0) -> list[Segment]:
     kind = rng.choices(list(PRACTICE), PRACTICE.values())[0]
     unrelated = rng.choice((0, 0, 1)) if progress > 0.2 else 0
     questions = make_questions(rng, kind, size=rng.randint(1, 3), unrelated=unrelated, count=4)
-    questions = [question for question in questions if not held_out(question)]
+    questions = [question for question in questions if not any(map(held_out, given_away(question)))]
     if not questions:
         return training_text(rng, progress)
     if kind in CHAT_KINDS and rng.random() < 0.1:
@@ -78,6 +78,14 @@ def training_text(rng: random.Random, progress: float = 1.0) -> list[Segment]:
         space = "" if starts_text else " "
         text += [(space + question.ask, kind == "copying"), (question.answer, True), (".", False)]
     return [*text, (EOS, False)]
+
+
+def given_away(question: Question) -> list[Question]:
+    """The questions a training text answers: this one, and for copying those that stop a word or more earlier."""
+    words = question.ask.split(" ")
+    if question.kind != "copying":
+        return [question]
+    return [replace(question, ask=" ".join(words[:length])) for length in range(1, len(words) + 1)]
 
 
 def repetition(rng: random.Random) -> list[Segment]:
