@@ -55,7 +55,8 @@ def declared(requirements: list[str]) -> set[str]:
 
 def undeclared(source: str, requirements: list[str]) -> set[str]:
     """What a piece of Python imports without the requirements (or the repository) providing it."""
-    ours = {"libragrad_minimal", "benchmarks"} | {path.stem for path in ROOT.glob("[dt]*/*.py")}  # data/ and tests/
+    ours = {"libragrad_minimal", "benchmarks", "google"}  # google.colab exists in Colab only
+    ours |= {path.stem for path in ROOT.glob("[dt]*/*.py")}  # data/ and tests/
     used = {canonical(DISTRIBUTION_OF.get(name, name)) for name in imports(source) - ours}
     return used - declared(requirements)
 
