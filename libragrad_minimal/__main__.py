@@ -20,7 +20,9 @@ from .attribution import METHODS, Attribution, attribute
 from .backward import audit
 from .graph import Audit
 from .models import LoadedModel, load_demo, load_pretrained, token_texts
+from .pictures import open_picture
 from .plots import Strip, TokenStrips, heatmaps
+from .prompts import tokenize_prompts
 from .rules import ALI_LRP, ATTN_LRP, DECOMPX, LIBRA, PLAIN
 from .scenes import draw_scene
 
@@ -37,6 +39,7 @@ REAL = {
     "clip": "ViT-B-16/laion2b_s34b_b88k",
     "llama": "unsloth/Llama-3.2-1B",
 }
+PHOTO = "a file, or an address that begins with https://"
 EXAMPLES = """examples:
   libragrad="python -m libragrad_minimal"
   $libragrad demo
@@ -79,7 +82,7 @@ def parser() -> argparse.ArgumentParser:
         return sub
 
     image = command(image_command, "image", "which parts of a photograph speak for a class")
-    image.add_argument("photo", type=Path)
+    image.add_argument("photo", help=PHOTO)
     image.add_argument(
         "--class", dest="classes", action="append", metavar="NAME|NUMBER", help="default: the predicted one"
     )
@@ -87,7 +90,7 @@ def parser() -> argparse.ArgumentParser:
     image.add_argument("--discard-ratio", type=float, help="of the rollouts, in [0, 1)")
 
     clip = command(clip_command, "clip", "which parts of a photograph a prompt speaks of")
-    clip.add_argument("photo", type=Path)
+    clip.add_argument("photo", help=PHOTO)
     clip.add_argument("prompts", nargs="+", metavar="PROMPT")
 
     text = command(text_command, "text", "which words a language model's next word comes from")
@@ -135,7 +138,7 @@ def method_name(typed: str) -> str:
 
 def image_command(args: argparse.Namespace) -> int:
     check_output(args)
-    photo = open_photo(args.photo)
+    photo = open_picture(args.photo)
     loaded = load("vit", args.model)
     options = {"head_fusion": args.head_fusion, "discard_ratio": args.discard_ratio}
     options = {name: value for name, value in options.items() if value is not None}
@@ -154,7 +157,7 @@ def image_command(args: argparse.Namespace) -> int:
 
 def clip_command(args: argparse.Namespace) -> int:
     check_output(args)
-    photo = open_photo(args.photo)
+    photo = open_picture(args.photo)
     loaded = load("clip", args.model)
     pixels = loaded.transform(photo)
     result = attribute_prompts(loaded, pixels, args.prompts, args.method, args.rules)
@@ -209,7 +212,7 @@ def attribute_classes(
 
 def attribute_prompts(loaded: LoadedModel, pixels: Tensor, prompts: list[str], method: str, rules: str) -> Attribution:
     with torch.no_grad():
-        texts = loaded.model.encode_text(loaded.tokenizer(prompts), normalize=True)
+        texts = loaded.model.encode_text(tokenize_prompts(loaded.tokenizer, prompts), normalize=True)
     return attribute(loaded.model, pixels.expand(len(prompts), -1, -1, -1), texts, method, RULES[rules])
 
 
@@ -342,15 +345,6 @@ def load(kind: str, name: str | None) -> LoadedModel:
         return load_demo(kind)
     except (ValueError, FileNotFoundError) as error:
         raise ValueError(f"{error} Or name a real model: --model {REAL[kind]}") from error
-
-
-def open_photo(path: Path) -> Image.Image:
-    try:
-        return Image.open(path).convert("RGB")
-    except FileNotFoundError:
-        raise ValueError(f"there is no file {path}") from None
-    except OSError as error:
-        raise ValueError(f"{path} can't be read as a picture: {error}") from error
 
 
 def check_output(args: argparse.Namespace, suffixes: list[str] | None = None) -> None:

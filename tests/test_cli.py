@@ -157,20 +157,22 @@ def test_help_shows_examples(capsys):
         (["image", "{scene}", "--head-fusion", "max"], "FullGrad+ has no option head_fusion"),
         (["image", "{scene}", "--model", "no_such_vit"], "no_such_vit"),
         (["text", " "], "empty"),
+        (["clip", "{scene}", " "], "prompt 1 is empty"),
+        (["clip", "http://example.org/a.png", "a cat"], "not an https address"),
         (["text", "Ben has a red kite.", "--target", ""], "no token"),
         (["audit", "/nowhere"], "/nowhere"),
         ([], "COMMAND"),
     ],
 )
 def test_bad_input_is_one_line(arguments, message, scene, tmp_path, capsys, monkeypatch):
-    needs_demo("vit"), needs_demo("llama")
+    needs_demo("vit"), needs_demo("llama"), needs_demo("clip")
     monkeypatch.chdir(tmp_path)
     fails_with(capsys, [argument.format(scene=scene) for argument in arguments], message)
 
 
 def test_a_broken_picture_is_one_line(tmp_path, capsys):
     (tmp_path / "broken.png").write_bytes(b"no picture at all")
-    fails_with(capsys, ["image", tmp_path / "broken.png"], "can't be read as a picture")
+    fails_with(capsys, ["image", tmp_path / "broken.png"], "is not a picture that can be read")
 
 
 def test_nothing_but_results_when_piped(tmp_path):
