@@ -53,7 +53,8 @@ TIED = "lm_head.weight"  # the same tensor as the embedding
 ROW_LENGTH = 128  # no text is longer
 OTHER = 0.05  # weight of a token that isn't an answer: most can't be foreseen
 CHAT_KINDS = ("colour",)
-PRACTICE = {"colour": 2, "counting": 8, "ordering": 2, "copying": 1, "opposite": 1, "capital": 1}
+# kind -> share of the texts: some need more practice
+PRACTICE = {"colour": 4, "counting": 4, "ordering": 2, "copying": 1, "opposite": 1, "capital": 1}
 Segment = tuple[str, bool]  # a piece of a training text, and whether it is an answer
 
 
@@ -73,10 +74,8 @@ def training_text(rng: random.Random, progress: float = 1.0) -> list[Segment]:
     if kind in CHAT_KINDS and rng.random() < 0.1:
         return chat_text(questions[0])
     text: list[Segment] = [(BOS + questions[0].story.rstrip(" "), False)]
-    for number, question in enumerate(questions):
-        starts_text = number == 0 and not question.story
-        space = "" if starts_text else " "
-        text += [(space + question.ask, kind == "copying"), (question.answer, True), (".", False)]
+    for question in questions:
+        text += [(" " + question.ask, kind == "copying"), (question.answer, True), (".", False)]
     return [*text, (EOS, False)]
 
 
@@ -118,7 +117,7 @@ def make_tokenizer(seed: int) -> PreTrainedTokenizerFast:
     for token in special:
         texts = [text.replace(token, "\n\n") for text in texts]
     tokenizer.train_from_iterator([*texts, "system"], trainer)
-    if TOKENIZER.exists():  # from a training that is resumed
+    if CHECKPOINT.exists() and TOKENIZER.exists():  # a training is resumed
         tokenizer = Tokenizer.from_file(str(TOKENIZER))
     TOKENIZER.parent.mkdir(exist_ok=True)
     tokenizer.save(str(TOKENIZER))
