@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from html import escape
+from textwrap import fill
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -148,7 +149,7 @@ def heatmaps(
         for axes, maps in zip(grid[row, 1:], columns.values(), strict=True):
             _show_map(axes, np.asarray(picture), np.asarray(maps[row], dtype=float))
     for axes, title in zip(grid[0], ["picture", *columns], strict=True):
-        axes.set_title(title, fontsize=10)
+        axes.set_title(fill(title, int(14 * size)), fontsize=10)
     for axes in grid.flat:
         axes.set(xticks=[], yticks=[])
     figure.tight_layout(pad=0.4)
@@ -179,7 +180,7 @@ def prompt_maps(
         full = np.quantile(np.abs(np.asarray(scores)), 0.98) or 1
         for axes, title, one in zip(grid[row, 1:], titles, scores, strict=False):
             _show_map(axes, np.asarray(picture), np.asarray(one, dtype=float), full)
-            axes.set_title(title, fontsize=10, parse_math=False)
+            axes.set_title(fill(title, int(14 * size)), fontsize=10, parse_math=False)
     figure.tight_layout(pad=0.4)
     plt.close(figure)
     return figure
