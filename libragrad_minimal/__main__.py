@@ -311,7 +311,7 @@ def demo_text() -> list[str]:
     return ["<h2>text: where the next word comes from</h2>", TokenStrips(*strips)._repr_html_(), *demo_audit("llama")]
 
 
-DEMO_PROMPT = "Anna has a red ball. Ben has a blue kite. Anna is in the park. The colour of Ben's kite is"
+DEMO_PROMPT = "Mary has a yellow ball. Dora has a red ring. Hugo has a brown cup. What colour is Dora's ring?"
 
 
 def demo_audit(kind: str) -> list[str]:
