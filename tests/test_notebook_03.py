@@ -124,14 +124,14 @@ def test_samples_do_not_mix(notebook):
 
 
 def test_fullgrad_plus_by_hand_with_prefix_tokens_left_out(notebook):
-    notebook.vit = random_vit(img_size=8)  # 2 x 2 patches and a class token
+    vit = random_vit(img_size=8)  # 2 x 2 patches and a class token
     inputs = torch.arange(30.0).view(3, 2, 5)
     biases = torch.full((3, 2, 5), 100.0)
     bill = notebook.Bill(torch.zeros(2), inputs, biases, torch.zeros(2))
     # block l holds 10 l + 5 question + token: tokens 1..4 summed over three blocks, plus three biases of 100
     expected = torch.tensor([[[333.0, 336], [339, 342]], [[348, 351], [354, 357]]])
-    assert torch.equal(notebook.fullgrad_plus(bill), expected)
-    assert torch.equal(notebook.input_x_gradient(bill), torch.tensor([[[1.0, 2], [3, 4]], [[6, 7], [8, 9]]]))
+    assert torch.equal(notebook.fullgrad_plus(bill, vit), expected)
+    assert torch.equal(notebook.input_x_gradient(bill, vit), torch.tensor([[[1.0, 2], [3, 4]], [[6, 7], [8, 9]]]))
 
 
 def test_measures_of_a_perfect_and_of_a_mistaken_map(notebook):
