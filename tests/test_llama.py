@@ -12,9 +12,10 @@ import torch
 import torch.nn.functional as F
 from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError, RepositoryNotFoundError
 from notebook_functions import NOTEBOOKS, functions_of
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
 from transformers.activations import SiLUActivation
 from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
+from transformers.models.qwen3.modeling_qwen3 import Qwen3MLP, Qwen3RMSNorm
 
 from libragrad_minimal import ATTN_LRP, LIBRA, audit, libra_grad, models
 from libragrad_minimal.models import DATA, UNGATED_LLAMA, load_demo, load_pretrained, token_texts
@@ -190,6 +191,21 @@ def test_complete_at_every_block_and_equal_to_libra_grad(notebook, tiny):
     one_line = torch.stack([notebook.input_x_grad(*pair) for pair in zip(states, gradients, strict=True)])
     assert (one_line - by_hand).norm() < 1e-5 * by_hand.norm()
     assert not any(block._forward_pre_hooks for block in tiny.model.layers)
+
+
+def test_the_exercise_on_qwen_3(notebook, monkeypatch):
+    """Its answer adds two entries to REPAIRS; repairs_on() takes them along, and Qwen's bill is complete."""
+    monkeypatch.setitem(notebook.REPAIRS, "qwen norm", (Qwen3RMSNorm, "forward", notebook.libra_rms_norm))
+    monkeypatch.setitem(notebook.REPAIRS, "qwen product", (Qwen3MLP, "forward", notebook.libra_mlp))
+    shape = {name: TINY[name] for name in TINY if name != "rope_parameters"}
+    model = Qwen3ForCausalLM(Qwen3Config(**shape, head_dim=8)).eval().requires_grad_(False)
+    ids, mask = torch.randint(97, (2, 9)), torch.ones(2, 9, dtype=torch.long)
+    plain, output = notebook.scores_by_block(model, ids, mask, largest)
+    with notebook.repairs_on():
+        libra, repaired_output = notebook.scores_by_block(model, ids, mask, largest)
+    assert torch.equal(repaired_output, output)
+    torch.testing.assert_close(libra.sum(-1), output.expand(3, 2), rtol=1e-4, atol=1e-4)
+    assert ((plain.sum(-1) - output).abs() > 0.1 * output.abs()).all()  # the check can fail
 
 
 @pytest.mark.parametrize("name", ["attention", "gate", "norm", "product"])
