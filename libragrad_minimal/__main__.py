@@ -22,7 +22,7 @@ from .graph import Audit
 from .models import LoadedModel, load_demo, load_pretrained, token_texts
 from .pictures import open_picture
 from .plots import Strip, TokenStrips, heatmaps
-from .prompts import tokenize_prompts
+from .prompts import attribute_prompts
 from .rules import ALI_LRP, ATTN_LRP, DECOMPX, LIBRA, PLAIN
 from .scenes import draw_scene
 
@@ -160,7 +160,7 @@ def clip_command(args: argparse.Namespace) -> int:
     photo = open_picture(args.photo)
     loaded = load("clip", args.model)
     pixels = loaded.transform(photo)
-    result = attribute_prompts(loaded, pixels, args.prompts, args.method, args.rules)
+    result = attribute_phrases(loaded, pixels, args.prompts, args.method, args.rules)
     picture_figure(loaded, pixels, result, args.prompts).savefig(args.output, dpi=150)
     report(args, result, args.prompts)
     return 0
@@ -210,10 +210,10 @@ def attribute_classes(
     return attribute(loaded.model, images, torch.tensor(targets), method, RULES[rules], **options)
 
 
-def attribute_prompts(loaded: LoadedModel, pixels: Tensor, prompts: list[str], method: str, rules: str) -> Attribution:
-    with torch.no_grad():
-        texts = loaded.model.encode_text(tokenize_prompts(loaded.tokenizer, prompts), normalize=True)
-    return attribute(loaded.model, pixels.expand(len(prompts), -1, -1, -1), texts, method, RULES[rules])
+def attribute_phrases(loaded: LoadedModel, pixels: Tensor, prompts: list[str], method: str, rules: str) -> Attribution:
+    result = attribute_prompts(loaded, pixels[None], prompts, method, RULES[rules], progress=sys.stderr.isatty())
+    maps = result.maps[0]
+    return Attribution(maps.flatten(1), result.similarity[0], result.completeness_error[0], tuple(maps.shape[1:]))
 
 
 def attribute_text(
@@ -297,7 +297,7 @@ def demo_prompts() -> list[str]:
     prompts = ["a red heart", "a blue cat"]
     parts = ["<h2>clip: the region a prompt speaks of</h2>"]
     for rules in ("plain", "libra"):
-        result = attribute_prompts(loaded, pixels, prompts, "FullGrad+", rules)
+        result = attribute_phrases(loaded, pixels, prompts, "FullGrad+", rules)
         parts += [
             f"<h3>FullGrad+, {rules}</h3>",
             embedded(picture_figure(loaded, pixels, result, prompts), " and ".join(prompts)),

@@ -126,6 +126,7 @@ def _check_maps(scores: Tensor, masks: Tensor) -> None:
 # --- is it faithful? --------------------------------------------------------------------------------------------------
 
 FRACTIONS = tuple(tenth / 10 for tenth in range(1, 11))
+PIXELS_AT_ONCE = 3 * 2**19  # ten pictures of 224x224: larger batches are slower on a CPU
 
 
 class Curves(NamedTuple):
@@ -181,8 +182,9 @@ def deletion(
     target: Tensor | None = None,
     labels: Tensor | None = None,
     removable: Tensor | None = None,
+    attention_mask: Tensor | None = None,
     fractions: tuple[float, ...] = FRACTIONS,
-    batch_size: int = 32,
+    batch_size: int | None = None,
 ) -> dict[str, Deletion]:
     """Take tokens away in falling (MIF) and rising (LIF) order of score and record the model's answer.
 
@@ -193,20 +195,24 @@ def deletion(
                `occlude_patches`, `replace_tokens`, `mask_tokens`, `remove_tokens` or your own
     target     (B,) class whose logit and probability are followed; default: the predicted class
     labels     (B,) ground truth, for the accuracies against it
-    removable  (B, T) bool; False for tokens that stay for ever (padding, first token). Default: all may go
+    removable  (B, T) bool; False for tokens that always stay, such as the first. Default: all may go
+    attention_mask  (B, T); 0 for padding, which is never there and doesn't count. Default: no padding
     fractions  shares of the removable tokens to take away; 0 is always measured
+    batch_size how many copies the model sees at once; default: up to 128, fewer if they are large pictures
 
     The occluded copies of all methods, orders and inputs share batches, and equal copies are computed once.
     """
     scores = {name: values.detach().flatten(1).to(inputs.device) for name, values in scores.items()}
-    removable = _check_deletion(inputs, scores, removable, fractions)
+    present, removable = _check_deletion(inputs, scores, removable, attention_mask, fractions)
+    batch_size = batch_size or min(128, max(8, PIXELS_AT_ONCE // inputs[0].numel()))
     answer = partial(_answers, model_fn, inputs, occlude, batch_size=batch_size)
 
     sample = torch.arange(len(inputs), device=inputs.device)
-    untouched = answer(sample, torch.ones_like(removable), target)
+    untouched = answer(sample, present, target)
     target = untouched.predicts if target is None else target.to(inputs.device)
 
     keep = torch.stack([_keep(sign * values, removable, fractions) for values in scores.values() for sign in (1, -1)])
+    keep &= present[:, None]
     copies = torch.cat([sample[None, :, None, None].expand(*keep.shape[:3], 1), keep.int()], dim=-1)
     distinct, origin = copies.flatten(0, 2).unique(dim=0, return_inverse=True)
     occluded = answer(distinct[:, 0], distinct[:, 1:].bool(), target[distinct[:, 0]])
@@ -250,7 +256,14 @@ def _answers(
     return Curves(*(torch.cat(part) for part in zip(*parts, strict=True)))
 
 
-def _check_deletion(inputs: Tensor, scores: dict[str, Tensor], removable: Tensor | None, fractions: tuple) -> Tensor:
+def _check_deletion(
+    inputs: Tensor,
+    scores: dict[str, Tensor],
+    removable: Tensor | None,
+    attention_mask: Tensor | None,
+    fractions: tuple[float, ...],
+) -> tuple[Tensor, Tensor]:
+    """Which tokens are there at all, and which of them may go, both (B, T) bool."""
     if not scores:
         raise ValueError("no scores given: need a dict of method name -> scores (B, T)")
     shape = next(iter(scores.values())).shape
@@ -261,9 +274,12 @@ def _check_deletion(inputs: Tensor, scores: dict[str, Tensor], removable: Tensor
             raise ValueError(f"scores of {name} contain NaN: there is no order to take tokens away in")
     if not fractions or not all(0 <= fraction <= 1 for fraction in fractions):
         raise ValueError(f"fractions must be shares between 0 and 1, got {fractions}")
-    if removable is None:
-        return torch.ones(shape, dtype=torch.bool, device=inputs.device)
-    return removable.to(inputs.device, torch.bool).expand(shape)
+    everything = torch.ones(shape, dtype=torch.bool, device=inputs.device)
+    present, removable = (
+        everything if mask is None else mask.to(inputs.device, torch.bool).expand(shape)
+        for mask in (attention_mask, removable)
+    )
+    return present, removable & present
 
 
 def occlude_patches(images: Tensor, keep: Tensor, grid: tuple[int, int] | None = None, value: float = 0.0) -> Tensor:

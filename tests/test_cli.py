@@ -87,10 +87,19 @@ def test_image_with_a_real_model(shared, tmp_path):
 
 def test_clip_writes_a_panel_a_prompt(scene, tmp_path):
     needs_demo("clip")
-    arguments = ["clip", scene, "a red cat", "a blue star", "-o", tmp_path / "out.png"]
+    prompts, scores = ["a red cat", "a blue star"], tmp_path / "out.npz"
+    arguments = ["clip", scene, *prompts, "-o", tmp_path / "out.png", "--save-scores", scores]
     assert cli.main([str(argument) for argument in arguments]) == 0
     width, height = Image.open(tmp_path / "out.png").size
     assert width > 2.5 * height
+    loaded, saved = load_demo("clip"), np.load(scores)
+    pixels = loaded.transform(Image.open(scene))[None]
+    with torch.no_grad():
+        similarity = loaded.model(pixels, loaded.tokenizer(prompts))
+        texts = loaded.model.encode_text(loaded.tokenizer(prompts), normalize=True) * loaded.model.logit_scale.exp()
+    np.testing.assert_allclose(saved["output"], (similarity[0] @ texts.T)[0], rtol=1e-5)
+    expected = attribute(loaded.model, pixels.expand(2, -1, -1, -1), texts, "FullGrad+")
+    np.testing.assert_allclose(saved["scores"], expected.scores, rtol=1e-4, atol=1e-4)
 
 
 def test_text_as_html_escapes_the_prompt(tmp_path):

@@ -241,6 +241,23 @@ def test_text_deletion_equals_a_naive_loop(how):
                 torch.testing.assert_close(got[i], want, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("occlude", [metrics.mask_tokens, metrics.remove_tokens])
+def test_padding_is_never_there_and_never_counts(occlude):
+    """Prompts of 6 and 4 tokens in one padded batch get the curves that each gets alone."""
+    model, ids, scores = tiny_llama(), torch.randint(3, 30, (2, 6)), torch.randn(2, 6)
+    mask = torch.tensor([[1, 1, 1, 1, 1, 1], [0, 0, 1, 1, 1, 1]])
+    removable = torch.ones(6, dtype=torch.bool)
+    removable[-1] = False
+    run = partial(metrics.deletion, lambda inputs: model(**inputs).logits[:, -1], occlude=occlude, fractions=(0.4, 1.0))
+    together = run(ids, {"x": scores}, removable=removable, attention_mask=mask)["x"]
+    for row, start in ((0, 0), (1, 2)):
+        one = slice(row, row + 1), slice(start, None)
+        alone = run(ids[one], {"x": scores[one]}, removable=removable[start:])["x"]
+        for curves, expected in ((together.mif, alone.mif), (together.lif, alone.lif)):
+            for got, want in zip(curves, expected, strict=True):
+                torch.testing.assert_close(got[row], want[0], rtol=1e-4, atol=1e-5)
+
+
 def test_occlude_patches_on_a_rectangle():
     images = torch.arange(1.0, 25).view(1, 1, 4, 6)
     keep = torch.tensor([[True, False, True, False, True, True]])
