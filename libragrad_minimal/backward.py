@@ -42,6 +42,10 @@ def installed(walk: Walk, entrances: Sequence[Node], balancing: Balancing) -> It
         def hook(grad_inputs, grad_outputs):
             mine = _owners.get(torch._C._current_graph_task_id()) is balancing
             if mine and any(gradient is not None for gradient in grad_outputs):
+                if torch.is_grad_enabled():
+                    raise ValueError(
+                        "create_graph=True is not supported: balanced gradients have no graph of their own"
+                    )
                 return backward(node, grad_inputs, grad_outputs)
 
         return hook
@@ -125,7 +129,14 @@ def audit(output: Tensor | Sequence[Tensor], inputs: Tensor | Sequence[Tensor], 
 
 
 def as_tuple(tensors: Tensor | Sequence[Tensor]) -> tuple[Tensor, ...]:
-    return (tensors,) if isinstance(tensors, Tensor) else tuple(tensors)
+    several = (tensors,) if isinstance(tensors, Tensor) else tuple(tensors)
+    for tensor in several:
+        if not isinstance(tensor, Tensor):
+            raise TypeError(
+                f"expected tensors, got a {type(tensors).__name__} of {type(tensor).__name__}: take the tensor you "
+                "mean out of it, for example output.logits[:, target]"
+            )
+    return several
 
 
 def checked_options(outputs: Sequence[Tensor], options: dict) -> dict:
@@ -145,6 +156,8 @@ def checked_options(outputs: Sequence[Tensor], options: dict) -> dict:
 
 
 def check_outputs(outputs: Sequence[Tensor]) -> None:
+    if torch.is_inference_mode_enabled():
+        raise ValueError("there are no gradients inside torch.inference_mode(): call from outside of it")
     for i, output in enumerate(outputs):
         if output.grad_fn is None:
             raise ValueError(
@@ -166,6 +179,8 @@ def edge_of(tensor: Tensor) -> Edge:
 
 def walk_graph(outputs: Sequence[Tensor], inputs: Sequence[Tensor], rules: Rules, allow_unused: bool) -> Walk:
     """The walk from `outputs` to `inputs`, once it is clear that they are connected."""
+    if not isinstance(rules, Rules):
+        raise TypeError(f"rules must be LIBRA, PLAIN, another preset or Rules(...), got {rules!r}")
     for i, tensor in enumerate(inputs):
         if not tensor.requires_grad:
             raise ValueError(

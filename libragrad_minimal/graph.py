@@ -30,6 +30,7 @@ from .rules import (
 
 Edge = tuple[Node, int]  # a node and which of its results
 SHARED = "relevance shared by sign"
+HIDDEN = "linear, and adds a constant without a gradient"
 STREAM = (
     "stream"  # what a consumer wants of a value; the alternative is the name of a switched-off rule it is inside of
 )
@@ -44,7 +45,8 @@ class Audit:
     """What the graph between inputs and output consists of, and how each operation is treated.
 
     rows: (operation, treatment, count). complete: every treatment keeps attributions complete, so that the sum over
-    inputs and additive constants equals the output.
+    inputs and additive constants equals the output. A constant that has no gradient (a buffer, a frozen parameter, the
+    1 of x + 1) belongs to that sum and can't be asked for; where the graph shows one, its row says so.
     """
 
     rows: tuple[tuple[str, str, int], ...]
@@ -136,7 +138,7 @@ class Walk:
                 self.values[node] = Value(node, operation.rule, operation.backward is not None)
             elif role == "division":
                 self.values[node] = operands[0] or Value(node, "norm", False)
-            elif role == "balanced" or len(gates) < len(live):
+            elif len(gates) < len(live):
                 self.values[node] = Value()
             else:
                 able = any if role == "product" else all
@@ -197,6 +199,10 @@ class Walk:
     def linear(self, node, operation, live):
         if self.rules.residual and len(live) == 2 and OPERANDS in node.metadata:
             self.treat(node, SHARED, shared_by_sign)
+        elif operation.streams is not None and not set(live) <= set(operation.streams):
+            self.refuse(node)
+        elif adds_hidden_constant(node):
+            self.treat(node, HIDDEN, operation.backward)
         else:
             self.treat(node, "linear", operation.backward)
         return live
@@ -209,11 +215,14 @@ class Walk:
             self.treat(node, "products halved, softmax kept", halved_attention)
             self.complete = False
         else:
-            if operation.rule == "attention":
-                live = [i for i in live if i == 2]  # the values
-            if not live:
+            streams = [i for i in live if operation.streams is None or i in operation.streams]
+            if not streams or (
+                len(streams) < len(live) and operation.rule != "attention"
+            ):  # a live weight, for example
                 self.refuse(node)
-            self.treat(node, f"balanced ({operation.rule})", operation.backward)
+            else:
+                self.treat(node, f"balanced ({operation.rule})", operation.backward)
+            live = streams
         return live
 
     def gate(self, node, operation, live):
@@ -231,7 +240,7 @@ class Walk:
         if self.wanted[node] != STREAM or not self.rules.product:
             self.keep_plain(node, "product" if self.wanted[node] == STREAM else self.wanted[node])
         else:
-            self.treat(node, "divided by the exponent", lambda n, gi, go: scaled(gi, {0: 1 / exponent}))
+            self.treat(node, "divided by the exponent", lambda n, gi, go: scaled(n, gi, {0: 1 / exponent}))
         return live
 
     def division(self, node, operation, live):
@@ -260,7 +269,7 @@ class Walk:
             others += self.gated(node, factors, gates[0], values[gates[0]])
             return others
         elif self.wanted[node] == STREAM and self.rules.product or self.halves_attention(self.wanted[node]):
-            self.treat(node, "product halved", lambda n, gi, go: scaled(gi, dict.fromkeys(factors, 0.5)))
+            self.treat(node, "product halved", lambda n, gi, go: scaled(n, gi, dict.fromkeys(factors, 0.5)))
         else:
             self.keep_plain(node, "product" if self.wanted[node] == STREAM else self.wanted[node])
         return others + factors
@@ -269,11 +278,11 @@ class Walk:
         """A product of a stream and a gate. Returns the stream's operand."""
         switch = getattr(self.rules, value.rule)
         if switch is True:
-            self.treat(node, f"gate constant ({value.rule})", lambda n, gi, go: scaled(gi, {gate: None}))
+            self.treat(node, f"gate constant ({value.rule})", lambda n, gi, go: scaled(n, gi, {gate: None}))
             self.hold(value)
         else:
             if switch == "halve":
-                self.treat(node, "product halved", lambda n, gi, go: scaled(gi, dict.fromkeys(factors, 0.5)))
+                self.treat(node, "product halved", lambda n, gi, go: scaled(n, gi, dict.fromkeys(factors, 0.5)))
                 self.complete = False
             else:
                 self.keep_plain(node, value.rule)
@@ -314,8 +323,17 @@ def check_forward(node: Node) -> None:
     dropped = name == "NativeDropout" or getattr(node, "_saved_dropout_p", 0) > 0
     if dropped or any(map(is_dropout_mask, constant_factors(node))):
         raise ValueError(
-            f"{where}: dropout was active, so the output is random. Call model.eval() before the forward pass."
+            f"{where}: it looks as if dropout was active, so that the output is random. Call model.eval() before the "
+            "forward pass."
         )
+
+
+def adds_hidden_constant(node: Node) -> bool:
+    """A sum one of whose terms has no graph; a batch norm with running statistics, which subtracts their mean."""
+    name = operation_name(node)
+    if name in ("Add", "Sub", "Rsub", "Cat", "Stack"):
+        return name == "Rsub" or any(child is None for child, _ in node.next_functions)
+    return name.endswith("BatchNorm")
 
 
 def constant_factors(node: Node) -> list[Tensor]:

@@ -43,4 +43,5 @@ def shared_by_sign(node, grad_inputs, grad_outputs):
     weight_b = 1 + (b.sign() == c.sign()).to(c.dtype)
     total = weight_a * a + weight_b * b
     per_weight = torch.where(total == 0, 1, c / torch.where(total == 0, 1, total)) * grad_outputs[0]
-    return (weight_a * per_weight, weight_b * per_weight)
+    shares = (weight_a * per_weight, weight_b * per_weight)
+    return tuple(g if g is None else share.to(g.dtype) for g, share in zip(grad_inputs, shares, strict=True))

@@ -18,6 +18,7 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import BackwardCFunction
 from torch.autograd.graph import Node
 from torch.utils.checkpoint import CheckpointError
 
@@ -77,6 +78,7 @@ class Operation:
     rule: Literal["attention", "activation", "norm", "product"] | None = None
     backward: Backward | None = None
     factors: tuple[int, int] = (0, 1)
+    streams: tuple[int, ...] | None = None  # the operands it is linear or balanced in; None: all that can be live
     gate_result: int | None = (
         None  # this one of a linear operation's several results is a gate: the variance of var_mean
     )
@@ -144,9 +146,9 @@ def elu(x: Tensor, node: Node, out: Tensor) -> Tensor:
 
 
 def tanh_secant(node, grad_inputs, grad_outputs):
-    """tanh saves its result y only, so x = atanh(y): exact enough until y is rounded to 1."""
+    """tanh saves its result y only, so x = atanh(y): near saturation right to three digits, beyond that refused."""
     y = saved(node, "result")
-    if (1 - precise(y).abs() < 16 * torch.finfo(y.dtype).eps).any():
+    if ((1 - precise(y).abs() < 16 * torch.finfo(y.dtype).eps) & (grad_outputs[0] != 0)).any():
         raise ArithmeticError(
             f"a tanh that carries the stream is saturated: in {y.dtype} its result no longer tells its argument, so "
             "that its balanced slope tanh(x)/x is unknown. Run the model in float64: model.double()."
@@ -235,10 +237,13 @@ def per_channel(values: Tensor, like: Tensor) -> Tensor:
 # ---- products, powers, attention -------------------------------------------------------------------------------------
 
 
-def scaled(grad_inputs: Gradients, factors: dict[int, float | None]) -> Gradients:
-    """A product's gradients, fresh tensors all, times a number each. None cuts; operands not named keep theirs."""
+def scaled(node: Node, grad_inputs: Gradients, factors: dict[int, float | None]) -> Gradients:
+    """A product's gradients times a number each. None cuts; operands not named keep theirs."""
+    times = (
+        Tensor.mul if isinstance(node, BackwardCFunction) else Tensor.mul_
+    )  # PyTorch's own products give fresh tensors
     return tuple(
-        g if g is None or i not in factors else None if factors[i] is None else g.mul_(factors[i])
+        g if g is None or i not in factors else None if factors[i] is None else times(g, factors[i])
         for i, g in enumerate(grad_inputs)
     )
 
@@ -250,7 +255,7 @@ def values_only(node, grad_inputs, grad_outputs):
 
 def halved_attention(node, grad_inputs, grad_outputs):
     """AttnLRP: two nested products, each halved."""
-    return scaled(grad_inputs, {0: 0.25, 1: 0.25, 2: 0.5})
+    return scaled(node, grad_inputs, {0: 0.25, 1: 0.25, 2: 0.5})
 
 
 def exponent_of(node) -> float:
@@ -267,10 +272,11 @@ RepeatInterleave Roll Flip Rot90 Unfold Im2Col Col2Im Diagonal Tril Triu MaskedF
 IndexAdd IndexCopy IndexFill Scatter ScatterAdd SliceScatter SelectScatter ConstantPadNd ReflectionPad1D
 ReflectionPad2D ReplicationPad1D ReplicationPad2D AvgPool1D AvgPool2D AvgPool3D AdaptiveAvgPool2D AdaptiveAvgPool3D
 MkldnnAdaptiveAvgPool2D MaxPool2DWithIndices MaxPool3DWithIndices AdaptiveMaxPool2D UpsampleNearest1D
-UpsampleNearest2D UpsampleBilinear2D UpsampleBicubic2D UpsampleBilinear2DAa UpsampleBicubic2DAa PixelShuffle
-PixelUnshuffle Embedding Relu LeakyRelu RreluWithNoise Threshold Abs Max Min Amax Amin Maximum Minimum Fmax Fmin Sort
-Topk Kthvalue Median NanToNum ViewAsReal ViewAsComplex Real Imag Complex Conj ResolveConj FftR2C FftC2R FftC2C
-NativeDropout MatMul4Bit MatMul8bitLt
+UpsampleNearest2D UpsampleNearest3D UpsampleNearestExact1D UpsampleNearestExact2D UpsampleNearestExact3D
+UpsampleLinear1D UpsampleBilinear2D UpsampleTrilinear3D UpsampleBicubic2D UpsampleBilinear2DAa UpsampleBicubic2DAa
+DiagEmbed PixelShuffle PixelUnshuffle Embedding Relu LeakyRelu RreluWithNoise Threshold Abs Max Min Amax Amin Cummax
+Cummin Maximum Minimum Fmax Fmin Sort Topk Kthvalue Median NanToNum ViewAsReal ViewAsComplex Real Imag Complex Conj
+ResolveConj FftR2C FftC2R FftC2C NativeDropout BackwardHookFunction MatMul4Bit MatMul8bitLt
 """.split()
 
 BALANCED = {
@@ -281,6 +287,7 @@ BALANCED = {
     "Mish": ("activation", secant(lambda x, node, out: F.mish(x), 0.6)),
     "Glu": ("activation", glu),
     "Elu": ("activation", secant(elu)),
+    "Celu": ("activation", secant(lambda x, node, out: F.celu(x, float(saved(node, "alpha"))))),
     "Clamp": ("activation", secant(lambda x, node, out: x.clamp(saved(node, "min"), saved(node, "max")))),
     "ClampMin": ("activation", secant(lambda x, node, out: x.clamp(min=saved(node, "min")))),
     "ClampMax": ("activation", secant(lambda x, node, out: x.clamp(max=saved(node, "max")))),
@@ -300,10 +307,12 @@ BALANCED = {
     ),
 }
 
+BALANCED_STREAMS = {"activation": (0,), "norm": (0, 2), "attention": (2,)}  # a norm's bias, attention's values
+
 GATES = {
     **dict.fromkeys(["Softmax", "SafeSoftmax", "LogSoftmax", "Logsumexp"], ("attention", None)),
     **dict.fromkeys(
-        ["Sigmoid", "Hardsigmoid", "Softplus", "LogSigmoid", "Exp", "Expm1", "Log", "Log1P", "Sin", "Cos"],
+        "Sigmoid Hardsigmoid Softplus LogSigmoid Exp Exp2 Expm1 Log Log1P Sin Cos Erfc".split(),
         ("activation", None),
     ),
     "Tanh": ("activation", tanh_secant),
@@ -316,28 +325,33 @@ GATES = {
 }
 
 PRODUCTS = {
-    **dict.fromkeys(["Mul", "Mm", "Bmm", "Mv", "Dot", "GroupedMm", "PreluKernel"], (0, 1)),
+    **dict.fromkeys(["Mul", "Mm", "Bmm", "Mv", "Dot", "GroupedMm"], (0, 1)),
     **dict.fromkeys(["Addmm", "Baddbmm", "Addbmm", "Addmv", "Addcmul", "Addr"], (1, 2)),
     **dict.fromkeys(["Convolution", "Linear", "MkldnnLinear"], (0, 1)),
 }
 
 OPERATIONS: dict[str, Operation] = {
     **dict.fromkeys(LINEAR, Operation("linear")),
-    **{name: Operation("balanced", rule, backward) for name, (rule, backward) in BALANCED.items()},
+    **{
+        name: Operation("balanced", rule, backward, streams=BALANCED_STREAMS[rule])
+        for name, (rule, backward) in BALANCED.items()
+    },
     **{name: Operation("gate", rule, backward) for name, (rule, backward) in GATES.items()},
     **{name: Operation("product", "product", factors=factors) for name, factors in PRODUCTS.items()},
     **dict.fromkeys(["VarMean", "StdMean"], Operation("linear", "norm", gate_result=0)),
-    "Div": Operation("division", "norm"),
+    "PreluKernel": Operation("linear", streams=(0,)),
+    "Div": Operation("division", "norm", streams=(0,)),
     "Pow": Operation("power", "product"),
     "Sqrt": Operation("power", "product"),
 }
 
-AFFINE_BATCH_NORM = Operation("linear", backward=affine_batch_norm)
+AFFINE_BATCH_NORM = Operation("linear", backward=affine_batch_norm, streams=(0, 2))
 
 CURES = {
     "CheckpointFunction": "reentrant checkpointing hides the graph: checkpoint with use_reentrant=False",
     "CompiledFunction": "torch.compile hides the graph: run the model without compiling it",
-    "CopySlices": "an operation in place on a slice hides what it did: write it out of place",
+    "CopySlices": "an operation in place on a slice hides what it did: write it out of place (inplace=False)",
+    "Elu": "in place it hides its argument: set inplace=False",
     "FlashAttnFunc": "load the model with attn_implementation='sdpa'",
     "MkldnnRnnLayer": "a fused LSTM hides its gates: run it inside torch.backends.mkldnn.flags(enabled=False)",
     "Softmax": "explain a logit, or a difference of logits, never a probability",
@@ -361,6 +375,10 @@ def operation_of(node: Node) -> Operation | None:
     name = operation_name(node)
     if name.endswith("BatchNorm") and not saved(node, "training"):
         return AFFINE_BATCH_NORM
+    if name == "Elu" and not hasattr(node, "_saved_self"):
+        return None
+    if name in ("Norm", "LinalgVectorNorm") and saved(node, "p" if name == "Norm" else "ord") == 0:
+        return None  # counts the entries that aren't 0
     if name == "Div" and getattr(node, "_saved_rounding_mode", None) is not None:
         return None
     if name == "Pow":
@@ -387,6 +405,9 @@ def register_rule(
         raise ValueError(
             f"{name!r} has a rule already ({OPERATIONS[name].role}); a second one would change every model"
         )
+    roles = ("linear", "balanced", "gate", "product")
+    if role not in roles:
+        raise ValueError(f"{role!r} is no role; there are {', '.join(roles)}")
     if role == "balanced" and (backward is None or rule is None):
         raise ValueError(
             f"a balanced operation needs its complete backward and the rule that switches it; {name!r} has "

@@ -295,6 +295,16 @@ REFUSED = {
     "exponent that depends on the input": (lambda x: (2**x)[:, 0], "Pow"),
     "rounded division": (lambda x: (torch.div(x, 3.0, rounding_mode="floor") + x)[:, 0], "Div"),
     "custom function": (lambda x: Twice.apply(x)[:, 0], r"Twice \(1x\).*register_rule\('Twice'"),
+    "norm with a live weight": (lambda x: F.layer_norm(x, (4,), x.mean(0))[:, 0], "NativeLayerNorm"),
+    "group norm with a live weight": (lambda x: F.group_norm(x, 2, x.mean(0))[:, 0], "NativeGroupNorm"),
+    "batch norm with a live weight": (
+        lambda x: F.batch_norm(x, torch.zeros(4), torch.ones(4), x.mean(0))[:, 0],
+        "BatchNorm",
+    ),
+    "PReLU with a live weight": (lambda x: F.prelu(x, x.mean(0))[:, 0], "PreluKernel"),
+    "clamp with a live bound": (lambda x: torch.clamp(x, max=x.mean(0))[:, 0], "Clamp"),
+    "number of entries": (lambda x: torch.linalg.vector_norm(x, 0, -1), "LinalgVectorNorm"),
+    "ELU in place": (lambda x: F.elu(x * 1, inplace=True)[:, 0], "Elu.*inplace=False"),
     "in place on a slice": (lambda x: (lambda y: (y[:, :1].mul_(3), y)[1])(x * 1)[:, 0], "CopySlices.*out of place"),
     "attention to constants": (
         lambda x: F.scaled_dot_product_attention(x[None], x[None], torch.ones(1, 2, 4))[0, :, 0] + x[:, 0],
@@ -319,6 +329,19 @@ def test_refusal_says_where(x):
         libra_grad((Twice.apply(x) * 3).sum(), x)
 
 
+@pytest.mark.parametrize(
+    "gate",
+    [
+        lambda x: torch.sigmoid(x).clamp(min=1e-4),
+        lambda x: F.softplus(x).clamp(1e-3, 5),
+        lambda x: F.layer_norm(x.softmax(-1), (4,)),
+    ],
+)
+def test_a_gate_stays_one_through_clamps_and_norms(gate):
+    x = torch.randn(3, 4, dtype=torch.float64, requires_grad=True)
+    torch.testing.assert_close(libra_grad((x * gate(x)).sum(1), x)[0], gate(x).detach())
+
+
 def test_compiled_graph_is_refused():
     compiled = torch.compile(lambda x: F.gelu(x), backend="aot_eager")
     x = torch.randn(2, 3, requires_grad=True)
@@ -330,6 +353,8 @@ def test_user_teaches_a_rule(x, monkeypatch):
     monkeypatch.setattr(rules, "OPERATIONS", dict(rules.OPERATIONS))
     register_rule("Twice", "linear")
     assert (libra_grad(Twice.apply(x).sum(), x)[0] == 2).all()
+    with pytest.raises(ValueError, match="'Linear' is no role"):
+        register_rule("Other", "Linear")
     with pytest.raises(ValueError, match="has a rule already"):
         register_rule("Softmax", "linear")
     with pytest.raises(ValueError, match="needs its complete backward"):
@@ -372,6 +397,62 @@ def test_bad_call_gets_one_clear_error(name, model, x):
     with pytest.raises((ValueError, ArithmeticError), match=f"(?s){message}"):
         call(model, x)
     assert not backward._owners
+
+
+class Product(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, a, b):
+        ctx.save_for_backward(a, b)
+        return a * b
+
+    @staticmethod
+    def backward(ctx, g):
+        a, b = ctx.saved_tensors
+        return b, a  # the saved tensors themselves, for g = 1
+
+
+def test_a_taught_product_is_halved_out_of_place(x, monkeypatch):
+    monkeypatch.setattr(rules, "OPERATIONS", dict(rules.OPERATIONS))
+    register_rule("Product", "product")
+    output = Product.apply(2 * x, 3 * x).sum()
+    for _ in range(2):
+        torch.testing.assert_close(libra_grad(output, x, retain_graph=True)[0], 6 * x.detach())
+
+
+@pytest.mark.parametrize(
+    "call, message",
+    [
+        (lambda m, x: libra_grad({"logits": m(x)}, x), "a dict of str.*output.logits"),
+        (lambda m, x: libra_grad(m(x)[:, 0], x, "LIBRA"), "rules must be LIBRA.*got 'LIBRA'"),
+    ],
+)
+def test_wrong_types_get_one_clear_error(call, message, model, x):
+    with pytest.raises(TypeError, match=message):
+        call(model, x)
+
+
+def test_inference_mode(model, x):
+    output = model(x)[:, 0]
+    with torch.inference_mode(), pytest.raises(ValueError, match="inside torch.inference_mode"):
+        libra_grad(output, x)
+
+
+def test_no_second_derivative_inside_a_balanced_block(model, x):
+    output = model(x)[:, 0].sum()
+    with balanced(output, x), pytest.raises(ValueError, match="create_graph=True"):
+        torch.autograd.grad(output, x, create_graph=True)
+
+
+def test_module_hooks_are_no_obstacle(model, x):
+    expected = libra_grad(model(x)[:, 0], x)[0]
+    handle = model.blocks[0].register_full_backward_hook(lambda module, grad_in, grad_out: None)
+    torch.testing.assert_close(libra_grad(model(x)[:, 0], x)[0], expected, rtol=0, atol=0)
+    handle.remove()
+
+
+def test_a_saturated_tanh_that_nobody_asked_about(x):
+    capped = torch.tanh(torch.cat([x[0, 0], 1000 * x[0, 1]]))
+    torch.testing.assert_close((x * libra_grad(capped[0], x)[0]).sum(), capped[0])
 
 
 def test_dropout_in_attention_is_refused():
