@@ -2,16 +2,18 @@
 
     python data/gallery.py scenes    # the demo ViT on 200 GlyphScenes       -> data/gallery_scenes.npz
     python data/gallery.py photos    # an ImageNet ViT-Tiny on 100 collages  -> data/gallery_photos.npz
+    python data/gallery.py prompts   # the demo CLIP on 200 GlyphScenes      -> data/gallery_prompts.npz
     python data/gallery.py text      # the demo Llama on 100 questions       -> data/gallery_text.npz
 
 Each file holds names, "method | rules | metric", and values (names, pictures). A run that was stopped goes on where it
-was. Explained is, in pictures, the class of the two that has the higher logit; in text the predicted token.
+was. Explained is, in pictures, the class of the two that has the higher logit; in text the predicted token. For CLIP
+the classes are 72 prompts, "a red heart", and the logits the similarities.
 """
 
 import argparse
-import copy
 import json
 from collections import defaultdict
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -36,7 +38,8 @@ from libragrad_minimal.metrics import (
 )
 from libragrad_minimal.models import LoadedModel, load_demo, load_pretrained
 from libragrad_minimal.photographs import draw_collage, photograph
-from libragrad_minimal.scenes import draw_scene
+from libragrad_minimal.prompts import encode_prompts
+from libragrad_minimal.scenes import CLASSES, COLOURS, draw_scene
 
 FOLDER = Path(__file__).parent
 VIT_TINY = "vit_tiny_patch16_224.augreg_in21k_ft_in1k"
@@ -54,17 +57,20 @@ WITH_GRADIENTS = {
     "TokenTM": {},
     "Gradient Attention Rollout": {},
     "LeGrad": {},
+    "IG": {},
+    "SmoothGrad": {},
 }
-MANY_GRADIENTS = {"IG": {"steps": 5}, "SmoothGrad": {"samples": 5}}  # instead of 50 and 25, to save time
 FEW = {"IxG": {}, "FullGrad+": {}}
 RUNS = {  # rules -> which methods, with their options
-    "plain": (PLAIN, WITH_GRADIENTS | MANY_GRADIENTS | WITHOUT_GRADIENTS),
+    "plain": (PLAIN, WITH_GRADIENTS | WITHOUT_GRADIENTS),
     "Libra": (LIBRA, WITH_GRADIENTS),
     "AttnLRP": (ATTN_LRP, FEW),
     "residual-aware Libra": (replace(LIBRA, residual=True), FEW),
 }
 FUSIONS = ("mean", "max", "min")
 DISCARD_RATIOS = (0.0, 0.3, 0.6, 0.9)
+FRACTIONS = (0.1, 0.3, 0.5, 0.7, 0.9)  # of the patches, taken away
+PHRASES = [f"a {colour} {thing}" for colour in COLOURS for thing in CLASSES]
 
 Picture = tuple[Image.Image, np.ndarray, list[int]]  # picture, masks (2, H, W), classes of the two objects
 
@@ -80,21 +86,34 @@ def collage(seed: int, vit: LoadedModel) -> Picture:
     return drawn.image, drawn.masks, classes
 
 
-def measure_pictures(
-    vit: LoadedModel, pictures: list[Picture], fractions: tuple[float, ...], sweep: bool = False
-) -> dict[str, Tensor]:
+def phrased_scene(seed: int, clip: LoadedModel) -> Picture:
+    drawn = draw_scene(seed, objects=2)
+    return Image.fromarray(drawn.image), drawn.masks, (drawn.colours * len(CLASSES) + drawn.classes).tolist()
+
+
+def classifier(loaded: LoadedModel) -> tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]:
+    """Pictures (B, 3, H, W) -> logits (B, classes), and class numbers (B,) -> the target that stands for them."""
+    if loaded.kind == "vit":
+        return loaded.model, lambda classes: classes
+    texts = encode_prompts(loaded, PHRASES)
+    return lambda images: loaded.model.encode_image(images, normalize=True) @ texts.T, lambda classes: texts[classes]
+
+
+def measure_pictures(loaded: LoadedModel, pictures: list[Picture], sweep: bool = False) -> dict[str, Tensor]:
     """ "method | rules | metric" -> one number per picture; with `sweep` also the rollouts with every option."""
-    images = torch.stack([vit.transform(picture) for picture, _, _ in pictures])
+    images = torch.stack([loaded.transform(picture) for picture, _, _ in pictures])
     classes = torch.tensor([classes for _, _, classes in pictures])
+    answer, as_target = classifier(loaded)
     with torch.no_grad():
-        stronger = vit.model(images).gather(1, classes).argmax(1)
+        stronger = answer(images).gather(1, classes).argmax(1)
     each = torch.arange(len(pictures))
-    target = classes[each, stronger]
+    explained = classes[each, stronger]
+    target = as_target(explained)
     masks = torch.stack([torch.from_numpy(masks) for _, masks, _ in pictures])[each, stronger]
 
     results = {}
     for name, (rules, methods) in RUNS.items():
-        for method, result in attribute_many(vit.model, images, target, methods, rules).items():
+        for method, result in attribute_many(loaded.model, images, target, methods, rules).items():
             results[f"{method} | {name}"] = result
     if sweep:
         sweeps = [
@@ -103,7 +122,7 @@ def measure_pictures(
         sweeps += [("Gradient Attention Rollout", {"discard_ratio": d}) for d in DISCARD_RATIOS]
         for method, options in sweeps:
             label = " ".join([method, *map(str, options.values())])
-            results[f"{label} | plain"] = attribute_many(vit.model, images, target, {method: options}, PLAIN)[method]
+            results[f"{label} | plain"] = attribute_many(loaded.model, images, target, {method: options}, PLAIN)[method]
 
     maps = {name: result.maps for name, result in results.items()}
     measured = {f"{name} | logit": result.output for name, result in results.items()}
@@ -115,10 +134,8 @@ def measure_pictures(
         if masks[0].float().mean() == 0.5:  # two photographs side by side
             measured[f"{name} | grid pointing game"] = grid_pointing_game(scores, stronger, grid=(1, 2))
     in_table = {name: scores for name, scores in maps.items() if name.split(" | ")[0] in RUNS["plain"][1]}
-    quick = copy.deepcopy(vit.model).bfloat16() if images.shape[-1] > 64 else vit.model  # half the time
-    dtype = next(quick.parameters()).dtype
     deleted = deletion(
-        lambda x: quick(x.to(dtype)), images, in_table, occlude_patches, target=target, fractions=fractions
+        answer, images, in_table, occlude_patches, target=explained, labels=explained, fractions=FRACTIONS
     )
     for name, curves in deleted.items():
         measured |= {f"{name} | {metric}": values for metric, values in curves.summary().items()}
@@ -158,14 +175,10 @@ BENCHMARKS = {  # which model, which pictures or questions and how many, how to 
         lambda: load_demo("vit"),
         scene,
         200,
-        partial(measure_pictures, fractions=(0.1, 0.3, 0.5, 0.7, 0.9), sweep=True),
+        partial(measure_pictures, sweep=True),
     ),
-    "photos": (
-        lambda: load_pretrained("vit", VIT_TINY),
-        collage,
-        100,
-        partial(measure_pictures, fractions=(1 / 3, 2 / 3)),
-    ),
+    "photos": (lambda: load_pretrained("vit", VIT_TINY), collage, 100, measure_pictures),
+    "prompts": (lambda: load_demo("clip"), phrased_scene, 200, measure_pictures),
     "text": (lambda: load_demo("llama"), question, 100, measure_text),
 }
 

@@ -41,3 +41,8 @@ def test_text():
 @pytest.mark.slow
 def test_photos(shared):
     remade("photos", 1)
+
+
+@pytest.mark.slow
+def test_prompts():
+    remade("prompts", 2)
