@@ -1,6 +1,7 @@
 """Measure every attribution method, plain and Libra, on pictures with two objects, for the gallery of notebook 03.
 
     python data/gallery.py scenes    # the demo ViT on 200 GlyphScenes       -> data/gallery_scenes.npz
+    python data/gallery.py combined  # Integrated Gradients combined with others, there -> data/gallery_combined.npz
     python data/gallery.py photos    # an ImageNet ViT-Tiny on 100 collages  -> data/gallery_photos.npz
     python data/gallery.py prompts   # the demo CLIP on 200 GlyphScenes      -> data/gallery_prompts.npz
     python data/gallery.py text      # the demo Llama on 100 questions       -> data/gallery_text.npz
@@ -26,7 +27,7 @@ from torch import Tensor
 from tqdm import trange
 
 from libragrad_minimal import ATTN_LRP, LIBRA, PLAIN
-from libragrad_minimal.attribution import attribute_many
+from libragrad_minimal.attribution import COMPOSED_WITH_IG, attribute_many
 from libragrad_minimal.metrics import (
     deletion,
     grid_pointing_game,
@@ -67,6 +68,8 @@ RUNS = {  # rules -> which methods, with their options
     "AttnLRP": (ATTN_LRP, FEW),
     "residual-aware Libra": (replace(LIBRA, residual=True), FEW),
 }
+COMBINED = {f"IG {method}": {} for method in COMPOSED_WITH_IG}
+COMBINED_RUNS = {"plain": (PLAIN, COMBINED), "Libra": (LIBRA, COMBINED)}
 FUSIONS = ("mean", "max", "min")
 DISCARD_RATIOS = (0.0, 0.3, 0.6, 0.9)
 FRACTIONS = (0.1, 0.3, 0.5, 0.7, 0.9)  # of the patches, taken away
@@ -99,7 +102,9 @@ def classifier(loaded: LoadedModel) -> tuple[Callable[[Tensor], Tensor], Callabl
     return lambda images: loaded.model.encode_image(images, normalize=True) @ texts.T, lambda classes: texts[classes]
 
 
-def measure_pictures(loaded: LoadedModel, pictures: list[Picture], sweep: bool = False) -> dict[str, Tensor]:
+def measure_pictures(
+    loaded: LoadedModel, pictures: list[Picture], runs: dict = RUNS, sweep: bool = False
+) -> dict[str, Tensor]:
     """ "method | rules | metric" -> one number per picture; with `sweep` also the rollouts with every option."""
     images = torch.stack([loaded.transform(picture) for picture, _, _ in pictures])
     classes = torch.tensor([classes for _, _, classes in pictures])
@@ -112,9 +117,10 @@ def measure_pictures(loaded: LoadedModel, pictures: list[Picture], sweep: bool =
     masks = torch.stack([torch.from_numpy(masks) for _, masks, _ in pictures])[each, stronger]
 
     results = {}
-    for name, (rules, methods) in RUNS.items():
+    for name, (rules, methods) in runs.items():
         for method, result in attribute_many(loaded.model, images, target, methods, rules).items():
             results[f"{method} | {name}"] = result
+    in_table = {name: result.maps for name, result in results.items()}
     if sweep:
         sweeps = [
             ("Attention Rollout", {"head_fusion": f, "discard_ratio": d}) for f in FUSIONS for d in DISCARD_RATIOS
@@ -133,7 +139,6 @@ def measure_pictures(loaded: LoadedModel, pictures: list[Picture], sweep: bool =
         measured[f"{name} | completeness error"] = results[name].completeness_error
         if masks[0].float().mean() == 0.5:  # two photographs side by side
             measured[f"{name} | grid pointing game"] = grid_pointing_game(scores, stronger, grid=(1, 2))
-    in_table = {name: scores for name, scores in maps.items() if name.split(" | ")[0] in RUNS["plain"][1]}
     deleted = deletion(
         answer, images, in_table, occlude_patches, target=explained, labels=explained, fractions=FRACTIONS
     )
@@ -177,6 +182,7 @@ BENCHMARKS = {  # which model, which pictures or questions and how many, how to 
         200,
         partial(measure_pictures, sweep=True),
     ),
+    "combined": (lambda: load_demo("vit"), scene, 200, partial(measure_pictures, runs=COMBINED_RUNS)),
     "photos": (lambda: load_pretrained("vit", VIT_TINY), collage, 100, measure_pictures),
     "prompts": (lambda: load_demo("clip"), phrased_scene, 200, measure_pictures),
     "text": (lambda: load_demo("llama"), question, 100, measure_text),

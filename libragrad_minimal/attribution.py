@@ -417,5 +417,8 @@ METHODS: dict[str, Callable[..., Scores]] = {
     "SmoothGrad": smoothgrad,
     "Random": random_scores,
 }
-COMPOSED_WITH_IG = "FullGrad FullGrad+ HiResCAM GradCAM+ XGradCAM+ AttCAT GenAtt TokenTM".split()
-METHODS |= {f"IG {name}": integrated(METHODS[name]) for name in [*COMPOSED_WITH_IG, "Gradient Attention Rollout"]}
+COMPOSED_WITH_IG = [
+    *"FullGrad FullGrad+ HiResCAM GradCAM+ XGradCAM+ AttCAT GenAtt TokenTM".split(),
+    "Gradient Attention Rollout",
+]
+METHODS |= {f"IG {name}": integrated(METHODS[name]) for name in COMPOSED_WITH_IG}

@@ -44,5 +44,10 @@ def test_photos(shared):
 
 
 @pytest.mark.slow
+def test_combined():
+    remade("combined", 1)
+
+
+@pytest.mark.slow
 def test_prompts():
     remade("prompts", 2)
