@@ -176,12 +176,7 @@ def question(seed: int, llama: LoadedModel) -> dict:
 
 
 BENCHMARKS = {  # which model, which pictures or questions and how many, how to measure them
-    "scenes": (
-        lambda: load_demo("vit"),
-        scene,
-        200,
-        partial(measure_pictures, sweep=True),
-    ),
+    "scenes": (lambda: load_demo("vit"), scene, 200, partial(measure_pictures, sweep=True)),
     "combined": (lambda: load_demo("vit"), scene, 200, partial(measure_pictures, runs=COMBINED_RUNS)),
     "photos": (lambda: load_pretrained("vit", VIT_TINY), collage, 100, measure_pictures),
     "prompts": (lambda: load_demo("clip"), phrased_scene, 200, measure_pictures),

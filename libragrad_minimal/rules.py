@@ -238,10 +238,11 @@ def per_channel(values: Tensor, like: Tensor) -> Tensor:
 
 
 def scaled(node: Node, grad_inputs: Gradients, factors: dict[int, float | None]) -> Gradients:
-    """A product's gradients times a number each. None cuts; operands not named keep theirs."""
-    times = (
-        Tensor.mul if isinstance(node, BackwardCFunction) else Tensor.mul_
-    )  # PyTorch's own products give fresh tensors
+    """A product's gradients times a number each. None cuts; operands not named keep theirs.
+
+    PyTorch's own products hand out fresh tensors, which can be scaled in place; a custom function's may be others'.
+    """
+    times = Tensor.mul if isinstance(node, BackwardCFunction) else Tensor.mul_
     return tuple(
         g if g is None or i not in factors else None if factors[i] is None else times(g, factors[i])
         for i, g in enumerate(grad_inputs)
