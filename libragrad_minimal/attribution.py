@@ -10,7 +10,8 @@ from __future__ import annotations
 import inspect
 import zlib
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, replace
+from copy import copy
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -73,6 +74,8 @@ def attribute_many(
     rules: Rules = LIBRA,
 ) -> dict[str, Attribution]:
     """Several methods on one forward and one backward pass: `methods` are names, or names with options each.
+
+    Those that average gradients need more; Integrated Gradients and all that are combined with them share theirs.
 
     The other arguments and errors are those of `attribute`.
     """
@@ -342,36 +345,49 @@ def legrad(run: Recording) -> Scores:
 # ---- gradients averaged over many inputs -----------------------------------------------------------------------------
 
 
-def with_mean_gradients(run: Recording, starts: Iterable[Callable[[Tensor], Tensor]]) -> Recording:
-    """The same recording, its gradients replaced by their mean over runs that start from other tokens."""
-    sums, count = None, 0
-    for start in tqdm(list(starts), "gradients", disable=None, leave=False):
+def mean_gradients(run: Recording, starts: list[Callable[[Tensor], Tensor]]) -> Gradients:
+    """The mean of the gradients of runs that start from other tokens."""
+    if not starts:
+        raise ValueError("gradients are averaged over at least one step or sample, got 0")
+    sums = None
+    for start in tqdm(starts, "gradients", disable=None, leave=False):
         here = run.rerun(start=start).gradients
         sums = here if sums is None else add_gradients(sums, here)
-        count += 1
-    averaged = replace(run)
-    averaged.gradients = Gradients(*([total / count for total in totals] for totals in sums))
-    return averaged
+    return Gradients(*([total / len(starts) for total in totals] for totals in sums))
 
 
 def add_gradients(first: Gradients, second: Gradients) -> Gradients:
     return Gradients(*([a + b for a, b in zip(*lists, strict=True)] for lists in zip(first, second, strict=True)))
 
 
-def integrated(method: Callable[..., Scores]) -> Callable[..., Scores]:
-    """The method with gradients averaged along the straight path from zero tokens (midpoint rule)."""
+def with_gradients(run: Recording, gradients: Gradients) -> Recording:
+    """The same recording, its gradients replaced."""
+    other = copy(run)
+    other.gradients = gradients
+    return other
 
-    def along_path(run: Recording, steps: int = 50) -> Scores:
+
+def along_path(run: Recording, steps: int) -> Recording:
+    """The same recording, its gradients averaged along the straight path from zero tokens (midpoint rule)."""
+    if steps not in run.path_gradients:
         fractions = [(step + 0.5) / steps for step in range(steps)]
-        result = method(with_mean_gradients(run, [lambda h, f=f: f * h for f in fractions]))
+        run.path_gradients[steps] = mean_gradients(run, [lambda h, f=f: f * h for f in fractions])
+    return with_gradients(run, run.path_gradients[steps])
+
+
+def integrated(method: Callable[..., Scores]) -> Callable[..., Scores]:
+    """The method with the gradients of Integrated Gradients. Several such methods of one recording share them."""
+
+    def with_path_gradients(run: Recording, steps: int = 50) -> Scores:
+        result = method(along_path(run, steps))
         return result[0] if isinstance(result, tuple) else result
 
-    return along_path
+    return with_path_gradients
 
 
 def integrated_gradients(run: Recording, steps: int = 50) -> Scores:
     """Integrated Gradients from zero tokens (Sundararajan et al. 2017); complete up to the output at zero."""
-    scores = integrated(ixg)(run, steps)
+    scores = input_times_gradient(along_path(run, steps), 0)
     return scores, scores.sum(1) + run.rerun(start=torch.zeros_like).output
 
 
@@ -386,7 +402,7 @@ def smoothgrad(run: Recording, samples: int = 25, noise: float = 0.1, seed: int 
         extent = (h.flatten(1).amax(1) - h.flatten(1).amin(1)).view(-1, *[1] * (h.dim() - 1))
         return h + noise * extent * torch.randn(h.shape[1:], generator=generator).to(h)
 
-    return input_times_gradient(with_mean_gradients(run, [noisy] * samples), 0)
+    return input_times_gradient(with_gradients(run, mean_gradients(run, [noisy] * samples)), 0)
 
 
 def random_scores(run: Recording, seed: int = 0) -> Scores:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property, partial
 from typing import Any, NamedTuple
 
@@ -198,6 +198,7 @@ class Recording:
     is_text: bool
     rules: Rules
     rerun: Callable[..., Recording]  # rerun(start=...), rerun(finish=...): as in `record`
+    path_gradients: dict[int, Gradients] = field(default_factory=dict)  # steps -> mean along the path of IG
 
     @cached_property
     def attention_maps(self) -> list[AttentionMap]:

@@ -24,7 +24,7 @@ from transformers import (
     ViTForImageClassification,
 )
 
-from libragrad_minimal.attribution import METHODS, attribute, attribute_many
+from libragrad_minimal.attribution import COMPOSED_WITH_IG, METHODS, attribute, attribute_many
 from libragrad_minimal.recording import record
 from libragrad_minimal.rules import ALI_LRP, ATTN_LRP, DECOMPX, LIBRA, PLAIN
 
@@ -290,10 +290,8 @@ class HandMadeModel(nn.Module):
         return x[:, 0] @ self.head
 
 
-@pytest.fixture
-def three_tokens():
-    """The model, its input, and as NumPy: h (tokens), g (their gradients), A (maps), dA, m (after attention)."""
-    model, x = HandMadeModel().eval(), torch.randn(1, 3, 4)
+def as_numpy(model, x):
+    """h (tokens), g (their gradients), A (attention maps), dA (their gradients), m (tokens after attention)."""
     h = x.clone().requires_grad_()
     h.retain_grad()
     tokens = [h]
@@ -301,14 +299,20 @@ def three_tokens():
         tokens.append(block(tokens[-1]))
         tokens[-1].retain_grad()
     (tokens[-1][:, 0] @ model.head)[0, 2].backward()
-    numpy = {
+    return {
         "h": [t.detach()[0].numpy() for t in tokens],
         "g": [t.grad[0].numpy() for t in tokens],
         "A": [b.map.detach()[0].numpy() for b in model.blocks],
         "dA": [b.map.grad[0].numpy() for b in model.blocks],
         "m": [b.middle.detach()[0].numpy() for b in model.blocks],
     }
-    return model, x, numpy
+
+
+@pytest.fixture
+def three_tokens():
+    """The model, its input, and what `as_numpy` says of it."""
+    model, x = HandMadeModel().eval(), torch.randn(1, 3, 4)
+    return model, x, as_numpy(model, x)
 
 
 def ours(model, x, method, **options):
@@ -335,36 +339,23 @@ def test_rollout(three_tokens, fusion, discard):
     np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("discard", [0.0, 0.5, 0.9])
-def test_gradient_rollout(three_tokens, discard):
-    model, x, n = three_tokens
-    expected = numpy_rollout([np.maximum(a * d, 0).mean(0) for a, d in zip(n["A"], n["dA"], strict=True)], discard)
-    got = ours(model, x, "Gradient Attention Rollout", discard_ratio=discard)
-    np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-6)
-
-
 def test_raw_attention(three_tokens):
     model, x, n = three_tokens
     np.testing.assert_allclose(ours(model, x, "RawAtt"), n["A"][-1].mean(0)[0], rtol=1e-5)
 
 
-def test_genatt(three_tokens):
-    model, x, n = three_tokens
+def positive(n):
+    return [np.maximum(a * d, 0).mean(0) for a, d in zip(n["A"], n["dA"], strict=True)]
+
+
+def numpy_genatt(n):
     r = np.eye(3)
-    for a, d in zip(n["A"], n["dA"], strict=True):
-        r = r + np.maximum(a * d, 0).mean(0) @ r
-    np.testing.assert_allclose(ours(model, x, "GenAtt"), r[0], rtol=1e-5, atol=1e-6)
+    for product in positive(n):
+        r = r + product @ r
+    return r[0]
 
 
-def test_attcat(three_tokens):
-    model, x, n = three_tokens
-    expected = sum(n["A"][i].mean((0, 1)) * (n["h"][i + 1] * n["g"][i + 1]).sum(-1) for i in range(2))
-    np.testing.assert_allclose(ours(model, x, "AttCAT"), expected, rtol=1e-5, atol=1e-6)
-
-
-def test_tokentm(three_tokens):
-    model, x, n = three_tokens
-
+def numpy_tokentm(n):
     def w(e, f):
         length_e, length_f = np.linalg.norm(e, axis=-1), np.linalg.norm(f, axis=-1)
         cosine = np.exp((e * f).sum(-1) / length_e / length_f)
@@ -374,18 +365,50 @@ def test_tokentm(three_tokens):
     for i in range(2):
         attention = n["A"][i].mean(0) @ np.diag(w(n["h"][i], n["m"][i])) * np.maximum(n["dA"][i], 0).mean(0)
         c = (np.eye(3) + np.diag(w(n["m"][i], n["h"][i + 1]))) @ (np.eye(3) + attention) @ c
-    np.testing.assert_allclose(ours(model, x, "TokenTM"), c[0], rtol=1e-5, atol=1e-6)
+    return c[0]
 
 
-def test_the_cams(three_tokens):
-    model, x, n = three_tokens
+def numpy_xgradcam(n):
     layers = list(zip(n["h"][:2], n["g"][:2], strict=True))
-    hires = (n["h"][1] * n["g"][1]).sum(-1)
-    gradcam = sum((h * g.mean(0)).sum(-1) for h, g in layers)
-    xgradcam = sum((h * (h * g).sum(0) / np.abs(h).sum(0)).sum(-1) for h, g in layers)
-    np.testing.assert_allclose(ours(model, x, "HiResCAM"), hires, rtol=1e-5, atol=1e-6)
-    np.testing.assert_allclose(ours(model, x, "GradCAM+"), gradcam, rtol=1e-5, atol=1e-5)
-    np.testing.assert_allclose(ours(model, x, "XGradCAM+"), xgradcam, rtol=1e-5, atol=1e-5)
+    return sum((h * (h * g).sum(0) / np.abs(h).sum(0)).sum(-1) for h, g in layers)
+
+
+IN_NUMPY = {  # the hand-made model adds no constants
+    "IxG": lambda n: (n["h"][0] * n["g"][0]).sum(-1),
+    "FullGrad": lambda n: (n["h"][0] * n["g"][0]).sum(-1),
+    "FullGrad+": lambda n: sum((n["h"][i] * n["g"][i]).sum(-1) for i in range(2)) / 2,  # a mean, where not of pictures
+    "HiResCAM": lambda n: (n["h"][1] * n["g"][1]).sum(-1),
+    "GradCAM+": lambda n: sum((n["h"][i] * n["g"][i].mean(0)).sum(-1) for i in range(2)),
+    "XGradCAM+": numpy_xgradcam,
+    "AttCAT": lambda n: sum(n["A"][i].mean((0, 1)) * (n["h"][i + 1] * n["g"][i + 1]).sum(-1) for i in range(2)),
+    "GenAtt": numpy_genatt,
+    "TokenTM": numpy_tokentm,
+    "Gradient Attention Rollout": lambda n: numpy_rollout(positive(n)),
+}
+
+
+@pytest.mark.parametrize("method", IN_NUMPY)
+def test_methods_of_gradients(three_tokens, method):
+    model, x, n = three_tokens
+    np.testing.assert_allclose(ours(model, x, method), IN_NUMPY[method](n), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("method", COMPOSED_WITH_IG)
+def test_methods_combined_with_integrated_gradients(three_tokens, method):
+    """The same formulas, with gradients averaged in NumPy over models run on 1/8, 3/8, 5/8 and 7/8 of the input."""
+    model, x, n = three_tokens
+    path = [as_numpy(model, fraction * x) for fraction in (0.125, 0.375, 0.625, 0.875)]
+    averaged = {name: [np.mean(parts, 0) for parts in zip(*(p[name] for p in path), strict=True)] for name in n}
+    expected = IN_NUMPY[method](n | {"g": averaged["g"], "dA": averaged["dA"]})
+    assert np.abs(expected - IN_NUMPY[method](n)).max() > 1e-3, "a check that can't fail is no check"
+    np.testing.assert_allclose(ours(model, x, f"IG {method}", steps=4), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("discard", [0.5, 0.9])
+def test_gradient_rollout_discards(three_tokens, discard):
+    model, x, n = three_tokens
+    got = ours(model, x, "Gradient Attention Rollout", discard_ratio=discard)
+    np.testing.assert_allclose(got, numpy_rollout(positive(n), discard), rtol=1e-5, atol=1e-6)
 
 
 def test_legrad(three_tokens):
@@ -427,8 +450,7 @@ def script(model, x, defect, state=None):
 
 
 def check_order(rollout, model, x, n):
-    expected = numpy_rollout([np.maximum(a * d, 0).mean(0) for a, d in zip(n["A"], n["dA"], strict=True)])
-    np.testing.assert_allclose(rollout(model, x), expected, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(rollout(model, x), numpy_rollout(positive(n)), rtol=1e-5, atol=1e-6)
 
 
 def check_state(rollout, model, x, n):
@@ -530,6 +552,8 @@ def test_every_rule_set_says_something_of_its_own(rules):
         (dict(method="IxG", head_fusion="max"), "no option head_fusion"),
         (dict(method="Attention Rollout", head_fusion="median"), "unknown head_fusion"),
         (dict(method="Attention Rollout", discard_ratio=1), r"\[0, 1\)"),
+        (dict(method="IG", steps=0), "at least one step"),
+        (dict(method="SmoothGrad", samples=0), "at least one step or sample"),
         (dict(target=5), "0..4"),
         (dict(target=torch.tensor([1, 2, 3])), "one for each of 2"),
         (dict(target=torch.ones(7)), "must end in 5"),
@@ -567,3 +591,15 @@ def test_many_methods_on_one_recording_equal_one_by_one():
         alone = attribute(model, PICTURES, 3, name, **options)
         torch.testing.assert_close(together[name].scores, alone.scores)
         torch.testing.assert_close(together[name].maps.flatten(1), alone.scores)
+
+
+def test_methods_combined_with_integrated_gradients_share_its_forward_passes():
+    model, passes = tiny_vit(), []
+    model.register_forward_hook(lambda *_: passes.append(1))
+    methods = {"IG": {"steps": 4}} | {f"IG {name}": {"steps": 4} for name in COMPOSED_WITH_IG}
+    together = attribute_many(model, PICTURES, 3, methods)
+    assert len(passes) == 1 + 4 + 1, "one to record, four along the path, one at its beginning"
+    for name, options in methods.items():
+        torch.testing.assert_close(together[name].scores, attribute(model, PICTURES, 3, name, **options).scores)
+    again = attribute_many(model, PICTURES, 3, {"IG": {"steps": 4}, "IG GenAtt": {"steps": 7}})
+    torch.testing.assert_close(again["IG GenAtt"].scores, attribute(model, PICTURES, 3, "IG GenAtt", steps=7).scores)
