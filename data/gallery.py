@@ -1,10 +1,9 @@
 """Measure every attribution method, plain and Libra, on pictures with two objects, for the gallery of notebook 03.
 
-    python data/gallery.py scenes    # the demo ViT on 200 GlyphScenes       -> data/gallery_scenes.npz
-    python data/gallery.py combined  # Integrated Gradients combined with others, there -> data/gallery_combined.npz
-    python data/gallery.py photos    # an ImageNet ViT-Tiny on 100 collages  -> data/gallery_photos.npz
-    python data/gallery.py prompts   # the demo CLIP on 200 GlyphScenes      -> data/gallery_prompts.npz
-    python data/gallery.py text      # the demo Llama on 100 questions       -> data/gallery_text.npz
+    python data/gallery.py scenes   # the demo ViT on 200 GlyphScenes       -> data/gallery_scenes.npz
+    python data/gallery.py photos   # an ImageNet ViT-Tiny on 100 collages  -> data/gallery_photos.npz
+    python data/gallery.py prompts  # the demo CLIP on 200 GlyphScenes      -> data/gallery_prompts.npz
+    python data/gallery.py text     # the demo Llama on 100 questions       -> data/gallery_text.npz
 
 Each file holds names, "method | rules | metric", and values (names, pictures). A run that was stopped goes on where it
 was. Explained is, in pictures, the class of the two that has the higher logit; in text the predicted token. For CLIP
@@ -58,8 +57,9 @@ WITH_GRADIENTS = {
     "TokenTM": {},
     "Gradient Attention Rollout": {},
     "LeGrad": {},
-    "IG": {},
     "SmoothGrad": {},
+    "IG": {},
+    **{f"IG {method}": {} for method in COMPOSED_WITH_IG},
 }
 FEW = {"IxG": {}, "FullGrad+": {}}
 RUNS = {  # rules -> which methods, with their options
@@ -68,8 +68,6 @@ RUNS = {  # rules -> which methods, with their options
     "AttnLRP": (ATTN_LRP, FEW),
     "residual-aware Libra": (replace(LIBRA, residual=True), FEW),
 }
-COMBINED = {f"IG {method}": {} for method in COMPOSED_WITH_IG}
-COMBINED_RUNS = {"plain": (PLAIN, COMBINED), "Libra": (LIBRA, COMBINED)}
 FUSIONS = ("mean", "max", "min")
 DISCARD_RATIOS = (0.0, 0.3, 0.6, 0.9)
 FRACTIONS = (0.1, 0.3, 0.5, 0.7, 0.9)  # of the patches, taken away
@@ -102,9 +100,7 @@ def classifier(loaded: LoadedModel) -> tuple[Callable[[Tensor], Tensor], Callabl
     return lambda images: loaded.model.encode_image(images, normalize=True) @ texts.T, lambda classes: texts[classes]
 
 
-def measure_pictures(
-    loaded: LoadedModel, pictures: list[Picture], runs: dict = RUNS, sweep: bool = False
-) -> dict[str, Tensor]:
+def measure_pictures(loaded: LoadedModel, pictures: list[Picture], sweep: bool = False) -> dict[str, Tensor]:
     """ "method | rules | metric" -> one number per picture; with `sweep` also the rollouts with every option."""
     images = torch.stack([loaded.transform(picture) for picture, _, _ in pictures])
     classes = torch.tensor([classes for _, _, classes in pictures])
@@ -117,7 +113,7 @@ def measure_pictures(
     masks = torch.stack([torch.from_numpy(masks) for _, masks, _ in pictures])[each, stronger]
 
     results = {}
-    for name, (rules, methods) in runs.items():
+    for name, (rules, methods) in RUNS.items():
         for method, result in attribute_many(loaded.model, images, target, methods, rules).items():
             results[f"{method} | {name}"] = result
     in_table = {name: result.maps for name, result in results.items()}
@@ -177,7 +173,6 @@ def question(seed: int, llama: LoadedModel) -> dict:
 
 BENCHMARKS = {  # which model, which pictures or questions and how many, how to measure them
     "scenes": (lambda: load_demo("vit"), scene, 200, partial(measure_pictures, sweep=True)),
-    "combined": (lambda: load_demo("vit"), scene, 200, partial(measure_pictures, runs=COMBINED_RUNS)),
     "photos": (lambda: load_pretrained("vit", VIT_TINY), collage, 100, measure_pictures),
     "prompts": (lambda: load_demo("clip"), phrased_scene, 200, measure_pictures),
     "text": (lambda: load_demo("llama"), question, 100, measure_text),
@@ -203,9 +198,13 @@ def main() -> None:
     first = len(next(iter(done.values()), []))
     for start in trange(first, args.count or count, args.chunk):
         examples = [draw(seed, model) for seed in range(start, start + args.chunk)]
-        for name, values in measure(model, examples).items():
-            done[name] = np.append(done.get(name, []), values)
-        np.savez_compressed(file, names=list(done), values=np.float32(list(done.values())))
+        measured = measure(model, examples)
+        if done and done.keys() != measured.keys():
+            parser.error(f"{file} holds measurements of other methods; move it away to start anew")
+        done = {name: np.append(done.get(name, []), values) for name, values in measured.items()}
+        unfinished = file.with_suffix(".unfinished.npz")  # replaced in one step, so that stopping here loses nothing
+        np.savez_compressed(unfinished, names=list(done), values=np.float32(list(done.values())))
+        unfinished.replace(file)
 
 
 if __name__ == "__main__":

@@ -1,10 +1,11 @@
-"""The gallery's stored measurements are what its command measures: remade here for a few pictures."""
+"""The gallery holds what its command measures, remade here for a few pictures; stopping that command loses nothing."""
 
 import importlib.util
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 DATA = Path(__file__).resolve().parents[1] / "data"
 spec = importlib.util.spec_from_file_location("gallery", DATA / "gallery.py")
@@ -44,10 +45,45 @@ def test_photos(shared):
 
 
 @pytest.mark.slow
-def test_combined():
-    remade("combined", 1)
-
-
-@pytest.mark.slow
 def test_prompts():
     remade("prompts", 2)
+
+
+def run_small(monkeypatch, folder, measure) -> dict[str, np.ndarray]:
+    """The command on six numbers instead of pictures, two at a time; then what its file holds."""
+    benchmarks = {"scenes": (lambda: None, lambda seed, model: float(seed), 6, measure)}
+    monkeypatch.setattr(gallery, "BENCHMARKS", benchmarks)
+    monkeypatch.setattr(gallery, "FOLDER", folder)
+    monkeypatch.setattr("sys.argv", ["gallery.py", "scenes", "--chunk", "2"])
+    gallery.main()
+    return gallery.load_gallery(folder / "gallery_scenes.npz")
+
+
+def square(model, numbers):
+    return {"square | plain | AP": torch.tensor(numbers) ** 2}
+
+
+def test_a_stopped_run_goes_on_where_it_was(monkeypatch, tmp_path):
+    asked = []
+
+    def stopped_in_the_third_chunk(model, numbers):
+        asked.append(numbers)
+        if len(asked) == 3:
+            raise KeyboardInterrupt
+        return square(model, numbers)
+
+    with pytest.raises(KeyboardInterrupt):
+        run_small(monkeypatch, tmp_path, stopped_in_the_third_chunk)
+    (values,) = run_small(monkeypatch, tmp_path, stopped_in_the_third_chunk).values()
+    np.testing.assert_array_equal(values, [0, 1, 4, 9, 16, 25])
+    assert asked == [[0, 1], [2, 3], [4, 5], [4, 5]]
+    assert [file.name for file in tmp_path.iterdir()] == ["gallery_scenes.npz"]
+
+
+def test_measurements_of_other_methods_are_not_mixed(monkeypatch, tmp_path, capsys):
+    np.savez(tmp_path / "gallery_scenes.npz", names=["cube | plain | AP"], values=np.float32([[0, 1]]))
+    before = (tmp_path / "gallery_scenes.npz").read_bytes()
+    with pytest.raises(SystemExit, match="2"):
+        run_small(monkeypatch, tmp_path, square)
+    assert "measurements of other methods" in capsys.readouterr().err
+    assert (tmp_path / "gallery_scenes.npz").read_bytes() == before
