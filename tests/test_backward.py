@@ -478,12 +478,6 @@ def test_masks_of_ones_and_zeros_are_not_dropout(x):
 
 MATRIX = torch.randn(4, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(1)) / 2
 
-
-def soft_cap(x):
-    assume(x.abs().max() < 30)  # a saturated tanh no longer tells its argument: less and less precise, then refused
-    return 5 * torch.tanh(x / 5)
-
-
 LAYERS = {
     "linear": lambda x: x @ MATRIX,
     "relu": lambda x: F.relu(x) + 0.1 * x,
@@ -498,7 +492,7 @@ LAYERS = {
     "attention": lambda x: F.scaled_dot_product_attention(x[None], x[None] @ MATRIX, x[None])[0],
     "eager attention": lambda x: torch.softmax(x @ x.T, -1) @ x,
     "squeeze": lambda x: x * torch.sigmoid(x.mean(0) @ MATRIX),
-    "cap": soft_cap,
+    "cap": lambda x: 5 * torch.tanh(x / 5),
     "residual": lambda x: x + F.gelu(x @ MATRIX),
     "divide": lambda x: x / (1 + x.abs()),
     "pool": lambda x: torch.cat([x[:2], x.amax(0, keepdim=True), x.mean(0, keepdim=True)]),
@@ -513,9 +507,9 @@ def test_euler_any_composition_is_of_degree_one(names, seed):
     y = x
     for name in names:
         y = LAYERS[name](y)
+        # beyond, a softmax of products and a tanh keep fewer than nine digits even in float64
+        assume(y.abs().max() < 30)
     output = (y * torch.arange(16.0, dtype=torch.float64).reshape(4, 4).cos()).sum()
-    if not output.isfinite() or output.abs() > 1e12:
-        return
     magnitude = (y.abs().sum() + output.abs()).item()
     total = dot([x], libra_grad(output, x))
     assert abs(total - output).item() <= 1e-9 * max(magnitude, 1e-9)
