@@ -25,9 +25,8 @@ def additive_constants(output: Tensor | Sequence[Tensor], inputs: Tensor | Seque
     outputs, inputs = as_tuple(output), as_tuple(inputs)
     walk = walk_graph(outputs, inputs, LIBRA, allow_unused=False)
     leaves = {(node, 0) for node in walk.edges if is_leaf(node)}
-    everything = Walk(
-        [edge_of(o) for o in outputs], walk.inputs | leaves, LIBRA
-    )  # tells gates among the constants, too
+    # as if every parameter were an input: tells gates among the constants, too
+    everything = Walk([edge_of(o) for o in outputs], walk.inputs | leaves, LIBRA)
     found: dict[Tensor, None] = {}
     seen: set[Node] = set()
     stack = [child for node in walk.wanted for child in added_operands(walk, everything, node)]

