@@ -1,0 +1,192 @@
+"""What has to be known of timm, transformers and open_clip: how a model is called, and what it says of itself.
+
+Nothing else in this package names a library or one of its classes. Where a model says nothing, streams.py and layout.py
+find out by running it.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+TOKEN_IDS = "input_ids"
+EMBEDDINGS = "inputs_embeds"
+ANSWERS = ("logits", "logits_per_image", "prediction_logits", "pred_logits")
+EMBEDDED = ("image_embeds", "text_embeds", "pooler_output")  # one vector a sample, of a tower without a head
+STREAM_ARGUMENTS = ("hidden_states", "x", "src", "input", "inputs")
+
+
+def plain(model: nn.Module) -> nn.Module:
+    """The model itself, not its compiled wrapper."""
+    return getattr(model, "_orig_mod", model)
+
+
+def name_of(model: nn.Module) -> str:
+    return type(plain(model)).__name__
+
+
+# ---- what a model is given -------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """One tensor, or keyword arguments, as the user passed them."""
+
+    given: Tensor | Mapping[str, Any]
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        if isinstance(self.given, Tensor):
+            return {"": self.given}
+        return {name: value for name, value in self.given.items() if isinstance(value, Tensor)}
+
+    @property
+    def text(self) -> Tensor | None:
+        """Token ids (B, T) or their embeddings (B, T, C); None where there is no text."""
+        named = self.tensors
+        for name in (TOKEN_IDS, EMBEDDINGS):
+            if name in named:
+                return named[name]
+        one = named.get("")
+        return one if one is not None and not one.is_floating_point() and not one.is_complex() else None
+
+    @property
+    def picture(self) -> str | None:
+        """The name of the pixels, (B, channels, height, width) or a video's (B, ..., height, width); "" for the one
+        tensor; None where there is no picture."""
+        for name, tensor in self.tensors.items():
+            if tensor.is_floating_point() and tensor.dim() in (4, 5) and "mask" not in name:
+                return name
+        return None
+
+    @property
+    def main(self) -> Tensor:
+        """The tensor that tells how many samples there are."""
+        if self.text is not None:
+            return self.text
+        return next((tensor for tensor in self.tensors.values() if tensor.is_floating_point()), torch.empty(0))
+
+    @property
+    def samples(self) -> int:
+        return len(self.main)
+
+    @property
+    def mask(self) -> Tensor | None:
+        """(B, T), 0 at padding."""
+        mask = self.tensors.get("attention_mask")
+        return mask if mask is not None and mask.dim() == 2 else None
+
+    def replaced(self, name: str, tensor: Tensor) -> Inputs:
+        return Inputs(tensor) if name == "" else Inputs({**self.given, name: tensor})
+
+    def shapes(self) -> tuple:
+        return tuple((name, tuple(tensor.shape)) for name, tensor in sorted(self.tensors.items()))
+
+
+# ---- how a model is called -------------------------------------------------------------------------------------------
+
+
+def accepts(model: nn.Module, argument: str) -> bool:
+    return argument in inspect.signature(plain(model).forward).parameters
+
+
+def generates(model: nn.Module) -> bool:
+    """Does it continue texts, so that its last row is the one that is meant?"""
+    return bool(getattr(plain(model), "can_generate", bool)())
+
+
+def pairs_pictures_and_texts(model: nn.Module) -> bool:
+    """open_clip's models: two towers that never run in one forward pass here."""
+    return hasattr(plain(model), "encode_image") and hasattr(plain(model), "encode_text")
+
+
+def call(model: nn.Module, inputs: Inputs, rows: Tensor | None = None) -> Any:
+    """The model's answer: its logits, else all that it returns. rows: the positions whose logits are wanted."""
+    model_itself, given = plain(model), inputs.given
+    if pairs_pictures_and_texts(model) and isinstance(given, Tensor):
+        encode = model_itself.encode_image if inputs.text is None else model_itself.encode_text
+        return encode(given, normalize=True)
+    settings: dict[str, Any] = {}
+    if generates(model) and accepts(model, "use_cache"):
+        settings["use_cache"] = False
+    if rows is not None:
+        settings["logits_to_keep"] = rows
+    if isinstance(given, Tensor):
+        return answer_of(model(given, **settings))
+    return answer_of(model(**{**given, **settings}))
+
+
+def answer_of(result: Any) -> Any:
+    """The logits among what a model returned; everything where nothing is called so."""
+    if isinstance(result, Tensor):
+        return result
+    named = result if isinstance(result, Mapping) else vars(result) if hasattr(result, "__dict__") else {}
+    for name in ANSWERS:
+        if isinstance(named.get(name), Tensor):
+            return named[name]
+    return result
+
+
+def embedding_of(answer: Any) -> Tensor | None:
+    """One vector a sample (B, D) of a tower's answer, where it has one."""
+    if isinstance(answer, Tensor):
+        return answer
+    named = answer if isinstance(answer, Mapping) else {}
+    return next((named[name] for name in EMBEDDED if isinstance(named.get(name), Tensor)), None)
+
+
+# ---- where the tokens are --------------------------------------------------------------------------------------------
+
+
+def searched(model: nn.Module, inputs: Inputs) -> nn.Module:
+    """The part of the model whose tokens are explained: of a pair of towers the one for pictures, else all of it."""
+    model = plain(model)
+    if pairs_pictures_and_texts(model):
+        if inputs.text is None:
+            return model.visual
+        return next((part for part in (getattr(model, "text", None), getattr(model, "transformer", None)) if part is not None), model)
+    if hasattr(model, "get_image_features") and hasattr(model, "vision_model") and hasattr(model, "text_model"):
+        return model.vision_model  # CLIP and its kind in transformers: the picture, for given texts
+    return model
+
+
+def text_config(model: nn.Module) -> Any:
+    config = getattr(plain(model), "config", None)
+    get = getattr(config, "get_text_config", None)
+    return get() if get is not None else config
+
+
+def longest_text(model: nn.Module) -> int | None:
+    """How many positions the model knows; None where it doesn't say, or has no limit."""
+    limit = getattr(text_config(model), "max_position_embeddings", None)
+    return limit if isinstance(limit, int) and limit > 0 else None
+
+
+def said_grids(model: nn.Module, size: tuple[int, int]) -> list[tuple[int, int]]:
+    """The (rows, columns) of patches that parts of the model report for pictures of `size`, likeliest first."""
+    grids = []
+    for module in plain(model).modules():
+        dynamic = getattr(module, "dynamic_feat_size", None)  # timm's PatchEmbed
+        if dynamic is not None:
+            grids += [tuple(dynamic(size))] if getattr(module, "img_size", None) != size else []
+        grid = getattr(module, "grid_size", None)
+        if isinstance(grid, tuple | list) and len(grid) == 2:
+            grids.append(tuple(grid))
+        patch = getattr(module, "patch_size", None)
+        patch = (patch, patch) if isinstance(patch, int) else patch
+        if isinstance(patch, tuple | list) and len(patch) == 2 and all(isinstance(p, int) and p > 0 for p in patch):
+            grids.append((size[0] // patch[0], size[1] // patch[1]))
+    return list(dict.fromkeys(grids))
+
+
+def picture_token_ids(model: nn.Module) -> list[int]:
+    """The ids that stand for a picture's tokens in a text."""
+    config = getattr(plain(model), "config", None)
+    names = ("image_token_id", "image_token_index", "video_token_id", "video_token_index", "audio_token_id")
+    ids = [getattr(config, name, None) for name in names]
+    return [i for i in ids if isinstance(i, int)]

@@ -1,0 +1,268 @@
+"""Which modules are the blocks: those that the whole answer passes through, one after another.
+
+A name doesn't tell a Transformer's blocks from a head, a stem or a second tower that is called `layers` as well. The
+graph of one forward pass does: a tensor between two blocks is a *separator*, without which nothing that the model was
+given reaches the answer. Blocks are the members of a list whose inputs are separators, one after the other.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import Node, get_gradient_edge
+
+from .families import STREAM_ARGUMENTS, Inputs, call, name_of, plain, searched
+
+Argument = int | str  # of a block: a position or a name
+
+
+@dataclass(frozen=True)
+class Streams:
+    """The blocks that the explained tokens pass through, and those of a second stream, a decoder that attends to it."""
+
+    blocks: tuple[nn.Module, ...]
+    second: tuple[nn.Module, ...] = ()
+    checked: bool = False  # did a forward pass show that the answer passes through them?
+
+
+_found: WeakKeyDictionary[nn.Module, dict[tuple, Streams]] = WeakKeyDictionary()
+
+
+def find_streams(model: nn.Module, inputs: Inputs, blocks: Iterable[str | nn.Module] | str | None = None) -> Streams:
+    """The blocks named by the user, else those that the model's only list holds, else those that its graph shows.
+
+    Raises ValueError where there are none, or where it isn't clear which are meant; candidates are listed.
+    """
+    if blocks is not None:
+        return Streams(named_blocks(model, blocks))
+    lists = lists_of_blocks(searched(model, inputs))
+    if not lists:
+        raise ValueError(
+            f"{name_of(model)} has no list of blocks, so no tokens between them: name the modules that work on tokens, "
+            "blocks=[...]; libra_grad(output, inputs) works on any model, with inputs of your choice"
+        )
+    if len(lists) == 1:
+        return Streams(tuple(next(iter(lists.values()))))
+    key = (tuple(inputs.tensors), tuple(id(block) for several in lists.values() for block in several))
+    known = _found.setdefault(plain(model), {})
+    if key not in known:
+        known[key] = streams_in_graph(model, inputs, lists)
+    return known[key]
+
+
+def named_blocks(model: nn.Module, blocks: Iterable[str | nn.Module] | str) -> tuple[nn.Module, ...]:
+    """Modules for names: of single modules, or of one list of them."""
+    modules = dict(plain(model).named_modules())
+    named = [blocks] if isinstance(blocks, str | nn.Module) else list(blocks)
+    found: list[nn.Module] = []
+    for block in named:
+        if isinstance(block, str) and block not in modules:
+            raise ValueError(
+                f"blocks names {block!r}, and {name_of(model)} has no module of that name; {candidates(model)}"
+            )
+        module = modules[block] if isinstance(block, str) else block
+        if not isinstance(module, nn.Module):
+            raise ValueError(f"blocks must hold modules or their names, got a {type(module).__name__}")
+        found.extend(module if isinstance(module, nn.ModuleList | nn.Sequential) else [module])
+    if not found:
+        raise ValueError(f"blocks is empty; {candidates(model)}")
+    return tuple(found)
+
+
+def lists_of_blocks(root: nn.Module) -> dict[str, list[nn.Module]]:
+    """Every list of modules that aren't single layers. Lists whose names differ in numbers (stages) are one."""
+    lists: dict[str, list[nn.Module]] = {}
+    for name, module in root.named_modules():
+        if isinstance(module, nn.ModuleList | nn.Sequential):
+            members = [member for member in module if not is_single_layer(member)]
+            if members:
+                lists.setdefault(re.sub(r"\d+", "#", name), []).extend(members)
+    return lists
+
+
+def is_single_layer(module: nn.Module) -> bool:
+    """A list counts by its own members; a module without parts is one layer, unless it holds several matrices."""
+    if type(module) in (nn.ModuleList, nn.Sequential, nn.ModuleDict):
+        return True
+    return not list(module.children()) and sum(p.dim() > 1 for p in module.parameters()) < 2
+
+
+def candidates(model: nn.Module) -> str:
+    lists = lists_of_blocks(plain(model))
+    told = (f"{name or '(the model itself)'} ({len(blocks)} {type(blocks[0]).__name__})" for name, blocks in lists.items())
+    return f"its lists of modules are {', '.join(told) or 'none'}"
+
+
+# ---- what a block is given -------------------------------------------------------------------------------------------
+
+
+def is_stream(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.is_floating_point() and value.dim() >= 3
+
+
+def stream_argument(args: Sequence[Any], kwargs: dict[str, Any]) -> Argument | None:
+    """Which argument holds the tokens: the first tensor by position, else the one with a usual name, else the first."""
+    by_name = [name for name in STREAM_ARGUMENTS if name in kwargs] + list(kwargs)
+    places: list[tuple[Argument, Any]] = [*enumerate(args), *((name, kwargs[name]) for name in by_name)]
+    return next((place for place, value in places if is_stream(value)), None)
+
+
+# ---- the graph's word ------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Call:
+    """One run of a block in the looking-round pass."""
+
+    name: str  # of its list
+    block: nn.Module
+    entered: Node | None  # what it was given; None if it doesn't depend on the inputs
+
+
+def streams_in_graph(model: nn.Module, inputs: Inputs, lists: dict[str, list[nn.Module]]) -> Streams:
+    answer, roots, calls = look_round(model, inputs, lists)
+    ends = [tensor.grad_fn for tensor in tensors_in(answer) if tensor.grad_fn is not None]
+    served = {root: lists_between(ends, root, calls) for root in roots}
+    served = {root: names for root, names in served.items() if names}
+    if not served:
+        raise ValueError(
+            f"the answer of {name_of(model)} passes through no list of blocks as a whole (towers side by side, or "
+            f"tokens in several tensors): name the blocks, blocks=...; {candidates(model)}"
+        )
+    votes = Counter(name for names in served.values() for name in names)
+    most = {name for name, count in votes.items() if count == max(votes.values())}
+    first = largest(most, lists)
+    chosen = [first]
+    left = [names - {first} for names in served.values() if first not in names]
+    if left:
+        chosen.append(largest(set.intersection(*left) or set.union(*left), lists))
+    order = [call.name for call in calls]
+    chosen.sort(key=order.index)
+    ran = {call.block for call in calls}
+    streams = [tuple(block for block in lists[name] if block in ran) for name in chosen]
+    return Streams(streams[0], streams[1] if len(streams) > 1 else (), checked=True)
+
+
+def look_round(model: nn.Module, inputs: Inputs, lists: dict[str, list[nn.Module]]) -> tuple[Any, list[Node], list[Call]]:
+    """One forward pass whose graph begins at everything the model is given: floating-point tensors and embedded ids."""
+    roots: list[Tensor] = []
+    calls: list[Call] = []
+    for name, tensor in inputs.tensors.items():
+        if tensor.is_floating_point() and tensor.dim() > 2:
+            roots.append(tensor.detach().clone().requires_grad_())
+            inputs = inputs.replaced(name, roots[-1])
+    ids = {tuple(tensor.shape) for tensor in inputs.tensors.values() if not tensor.is_floating_point()}
+
+    def embed(module, args, result):
+        if args and tuple(args[0].shape) in ids:
+            roots.append(result.detach().requires_grad_())
+            return roots[-1]
+
+    def enter(name):
+        def hook(block, args, kwargs):
+            place = stream_argument(args, kwargs)
+            tensor = None if place is None else args[place] if isinstance(place, int) else kwargs[place]
+            node = None if tensor is None or not tensor.requires_grad else get_gradient_edge(tensor).node
+            calls.append(Call(name, block, node))
+
+        return hook
+
+    hooks = [m.register_forward_hook(embed) for m in plain(model).modules() if isinstance(m, nn.Embedding)]
+    hooks += [
+        block.register_forward_pre_hook(enter(name), with_kwargs=True) for name, blocks in lists.items() for block in blocks
+    ]
+    with removed(hooks), torch.enable_grad():
+        answer = call(model, inputs)
+    return answer, [get_gradient_edge(root).node for root in roots], calls
+
+
+@contextmanager
+def removed(hooks: list):
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def tensors_in(answer: Any) -> list[Tensor]:
+    if isinstance(answer, Tensor):
+        return [answer]
+    several = answer.values() if hasattr(answer, "values") else answer if isinstance(answer, list | tuple) else ()
+    return [tensor for part in several for tensor in tensors_in(part)]
+
+
+def lists_between(ends: list[Node], root: Node, calls: list[Call]) -> set[str]:
+    """The lists whose every run was given a separator of `root` and the answer, a new one each time. Of lists within
+    lists the inner one, where it is part of every member of the outer."""
+    between = separators(ends, root)
+    by_list: dict[str, list[Call]] = {}
+    for one in calls:
+        by_list.setdefault(one.name, []).append(one)
+    passed = {
+        name: several
+        for name, several in by_list.items()
+        if all(one.entered in between for one in several) and len({one.entered for one in several}) == len(several)
+    }
+    for outer in list(passed):
+        for inner in list(passed):
+            if outer in passed and inner in passed and is_within(passed[inner], passed[outer]):
+                covered = all(any(one.block in set(b.block.modules()) for one in passed[inner]) for b in passed[outer])
+                del passed[outer if covered else inner]
+    return set(passed)
+
+
+def is_within(inner: list[Call], outer: list[Call]) -> bool:
+    members = {module for one in outer for module in one.block.modules() if module is not one.block}
+    return any(one.block in members for one in inner)
+
+
+def largest(names: set[str], lists: dict[str, list[nn.Module]]) -> str:
+    """The list with the most parameters: a Transformer's blocks, not the layers of a stem or a neck."""
+    return max(sorted(names), key=lambda name: sum(p.numel() for block in lists[name] for p in block.parameters()))
+
+
+def separators(ends: Sequence[Node], root: Node) -> set[Node]:
+    """The nodes that every path from `ends` to `root` passes through, `root` among them; empty if there is no path.
+
+    In topological order such a node is alone when its turn comes: no edge leads past it.
+    """
+    order = topological(ends)
+    reaches: set[Node] = set()
+    for node in order:
+        if node is root or any(child in reaches for child, _ in node.next_functions if child is not None):
+            reaches.add(node)
+    found: set[Node] = set()
+    waiting = {end for end in ends if end in reaches}
+    for node in reversed(order):
+        if node not in reaches:
+            continue
+        if waiting <= {node}:
+            found.add(node)
+        waiting.discard(node)
+        waiting.update(child for child, _ in node.next_functions if child in reaches)
+    return found
+
+
+def topological(ends: Sequence[Node]) -> list[Node]:
+    """Every node below `ends`, each after all that it sends gradient to."""
+    order: list[Node] = []
+    entered: set[Node] = set()
+    stack = [(end, False) for end in ends]
+    while stack:
+        node, finished = stack.pop()
+        if finished:
+            order.append(node)
+        elif node not in entered:
+            entered.add(node)
+            stack.append((node, True))
+            stack.extend((child, False) for child, _ in node.next_functions if child is not None and child not in entered)
+    return order
