@@ -17,13 +17,11 @@ from PIL import Image
 from torch import Tensor
 
 from .attribution import METHODS, Attribution, attribute
-from .backward import audit
-from .graph import Audit
+from .engine import ALI_LRP, ATTN_LRP, DECOMPX, LIBRA, PLAIN, Audit, audit
 from .models import LoadedModel, load_demo, load_pretrained, token_texts
 from .pictures import open_picture
 from .plots import Strip, TokenStrips, heatmaps
 from .prompts import attribute_prompts
-from .rules import ALI_LRP, ATTN_LRP, DECOMPX, LIBRA, PLAIN
 from .scenes import draw_scene
 
 RULES = {
@@ -235,7 +233,7 @@ def attribute_text(
         def explained(logits):
             return logits[:, chosen] - logits[:, other]
 
-    result = attribute(loaded.model, inputs, explained, method, RULES[rules])
+    result = attribute(loaded.model, inputs, explained, method, RULES[rules], readout="last")
     title += f" ({method}, {rules}; logit {'difference ' if against else ''}{result.output[0]:.2f})"
     return Strip(token_texts(loaded.tokenizer, inputs["input_ids"][0]), result.scores[0].tolist(), title), result
 

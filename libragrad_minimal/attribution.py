@@ -2,12 +2,13 @@
 
 A method is a function of a `Recording` (B samples, N tokens, C channels, L blocks) that returns scores (B, N). One that
 promises completeness returns (scores, total) with total (B,), which should equal the explained output. To add a method,
-write the function and name it in METHODS.
+write the function, say with @reads what it needs beside the tokens and their gradients, and name it in METHODS.
 """
 
 from __future__ import annotations
 
 import inspect
+import warnings
 import zlib
 from collections.abc import Callable, Iterable, Mapping
 from copy import copy
@@ -18,10 +19,28 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from .recording import Gradients, Recording, picture_size, record
-from .rules import LIBRA, Rules
+from .added_constants import ConstantShare
+from .engine import LIBRA, Rules
+from .families import Inputs, check_inputs, name_of
+from .layout import coarsening
+from .readout import check_target
+from .recording import (
+    BETWEEN,
+    CONSTANTS,
+    GRAPH,
+    LAYERS,
+    MAP_GRADIENTS,
+    MAPS,
+    Gradients,
+    Recording,
+    Request,
+    precise,
+    record,
+)
 
 Scores = Tensor | tuple[Tensor, Tensor]
+Method = Callable[..., Scores]
+WARNED = 1e-3  # completeness error, relative to the output, of a method that promises completeness
 
 
 @dataclass(frozen=True)
@@ -31,47 +50,69 @@ class Attribution:
     scores: Tensor  # (B, T), signed; patches only for pictures, every token for text (exactly 0 at padding)
     output: Tensor  # (B,) the explained number
     completeness_error: Tensor  # (B,) |output - all attributions|; NaN for methods that don't promise completeness
-    grid: tuple[int, int] | None  # rows and columns of patches; None for text
+    grid: tuple[int, ...] | None  # rows and columns of patches, of a video frames before them; None without a picture
+    decoder_scores: Tensor | None = None  # (B, T') of a decoder's own tokens, where there is an encoder too
+    picture: Tensor | None = None  # (B, patches): which scores are the picture's, where there are words too
+    why_no_grid: str = "scores of text have no grid: use .scores"
 
     @property
     def maps(self) -> Tensor:
-        """The scores of pictures as maps (B, rows, columns)."""
+        """The scores of pictures as maps (B, rows, columns), of videos (B, frames, rows, columns)."""
         if self.grid is None:
-            raise ValueError("scores of text have no grid: use .scores")
-        return self.scores.unflatten(1, self.grid)
+            raise ValueError(self.why_no_grid)
+        scores = self.scores if self.picture is None else self.scores.gather(1, self.picture)
+        return scores.unflatten(1, self.grid)
 
 
 def attribute(
     model: nn.Module,
-    inputs: Tensor | Mapping[str, Tensor],
+    inputs: Tensor | Mapping[str, Any],
     target: Any,
     method: str = "FullGrad+",
     rules: Rules = LIBRA,
+    *,
+    blocks: Iterable[str | nn.Module] | str | None = None,
+    readout: Any = None,
     **options: Any,
 ) -> Attribution:
-    """Explain `target` of an untouched timm, open_clip or transformers model in eval mode.
-
-    inputs   pictures (B, 3, H, W), token ids (B, T), or keyword arguments of the model (a tokenizer's output)
-    target   class or token id (an int, or (B,) integers): its logit, for text at the last token;
-             or floating-point weights (classes,) or (B, classes): that combination of logits, e.g. logit a - logit b;
-             for open_clip the text features (D,) or (B, D): the similarity to the picture;
-             or a function of the model's answer (B, classes) that returns (B,)
-    method   a key of METHODS
-    rules    PLAIN, LIBRA, ATTN_LRP, ...: how gradients flow back
-    options  of the method, e.g. discard_ratio=0.9
+    """Explain `target` of an untouched model of timm, transformers, open_clip or your own, in eval mode.
 
     Tokens are those that enter the first block; what came before it (patch embedding, positions) belongs to the input.
-    Raises ValueError for a model, target, method or option that doesn't fit, UnsupportedOperation from libra_grad.
+
+    Args:
+        model: any model whose answer passes through a list of blocks.
+        inputs: pictures (B, 3, H, W), token ids (B, T), or keyword arguments of the model (a processor's output).
+        target: class or token id (an int, or (B,) integers): its logit;
+            or floating-point weights (classes,) or (B, classes): that combination of logits, e.g. logit a - logit b;
+            for a tower without logits a direction (D,) or (B, D): the similarity of its embedding to it;
+            or a function of the model's whole answer that returns (B,): of its logits (B, classes) or
+            (B, tokens, classes), or of all that it returns where it has no logits;
+            None where the model answers with one number a sample.
+        method: a key of METHODS.
+        rules: PLAIN, LIBRA, ATTN_LRP, ...: how gradients flow back.
+        blocks: the modules whose inputs are the tokens, or their names, or the name of their list. Default: the list
+            of blocks that the whole answer passes through.
+        readout: which row of an answer (B, rows, classes) is explained: a number, one for each sample, a boolean mask
+            to average over, or "last", which is the default for models that generate text. For an answer a pixel,
+            (B, classes, H, W): (row, column), or a mask. A function as target is given that row.
+        **options: of the method, e.g. discard_ratio=0.9.
+    Returns:
+        An Attribution. Warns where a method that promises completeness misses the output by more than 0.1 %.
+    Raises:
+        ValueError: a model, input, target, method or option that doesn't fit; UnsupportedOperation as libra_grad.
     """
-    return attribute_many(model, inputs, target, {method: options}, rules)[method]
+    return attribute_many(model, inputs, target, {method: options}, rules, blocks=blocks, readout=readout)[method]
 
 
 def attribute_many(
     model: nn.Module,
-    inputs: Tensor | Mapping[str, Tensor],
+    inputs: Tensor | Mapping[str, Any],
     target: Any,
     methods: Iterable[str] | Mapping[str, Mapping[str, Any]],
     rules: Rules = LIBRA,
+    *,
+    blocks: Iterable[str | nn.Module] | str | None = None,
+    readout: Any = None,
 ) -> dict[str, Attribution]:
     """Several methods on one forward and one backward pass: `methods` are names, or names with options each.
 
@@ -79,20 +120,45 @@ def attribute_many(
 
     The other arguments and errors are those of `attribute`.
     """
-    if model.training:
-        raise ValueError(f"{type(model).__name__} is in training mode; call model.eval() first")
     methods = methods if isinstance(methods, Mapping) else {name: {} for name in methods}
     for name, options in methods.items():
         check_method(name, options)
-    run = record(model, inputs, target, rules)
-    prefix, grid = (0, None) if run.is_text else patch_grid(model, run, picture_size(inputs))
-    output, results = run.output.detach(), {}
-    for name, options in methods.items():
-        result = METHODS[name](run, **options)
-        scores, total = result if isinstance(result, tuple) else (result, torch.full_like(output, torch.nan))
-        scores, error = (scores.detach() * run.valid)[:, prefix:], (output - total.detach()).abs()
-        results[name] = Attribution(scores, output, error, grid)
-    return results
+    check_inputs(model, inputs)
+    check_target(target)
+    request = Request(model, Inputs(inputs), target, rules, blocks, readout, everything_read(methods))
+    run = record(request)
+    return {name: attribution(run, name, options) for name, options in methods.items()}
+
+
+def attribution(run: Recording, name: str, options: Mapping[str, Any]) -> Attribution:
+    """One method's result, as users see it."""
+    result = METHODS[name](run, **options)
+    output, layout = run.output.detach(), run.layout
+    scores, total = result if isinstance(result, tuple) else (result, torch.full_like(output, torch.nan))
+    error = (precise(output) - total.detach()).abs()
+    if promises_completeness(run.rules) and not name.startswith("IG"):
+        warn_if_incomplete(name, error, output)
+    scores = layout.pick(scores.detach() * run.valid)
+    second = None
+    if run.second is not None and not reads_of(name) & {MAPS}:
+        second = second_scores(run)
+    return Attribution(scores, output, error, layout.grid, second, layout.picture, layout.why_no_grid)
+
+
+def promises_completeness(rules: Rules) -> bool:
+    return rules.attention is True and rules.activation and rules.norm and rules.product
+
+
+def warn_if_incomplete(name: str, error: Tensor, output: Tensor) -> None:
+    allowed = max(WARNED, 10 * torch.finfo(output.dtype).eps)
+    off = error / output.abs().clamp(min=1e-6)
+    if (off > allowed).any():
+        worst = off.argmax()
+        warnings.warn(
+            f"{name} is not complete: in sample {int(worst)} the attributions miss the output {float(output[worst]):.4g} "
+            f"by {float(error[worst]):.2g}, {float(off[worst]):.1%} of it",
+            stacklevel=4,
+        )
 
 
 def check_method(method: str, options: Iterable[str]) -> None:
@@ -104,18 +170,25 @@ def check_method(method: str, options: Iterable[str]) -> None:
         raise ValueError(f"{method} has no option {', '.join(unknown)}; it has {', '.join(known) or 'none'}")
 
 
-def patch_grid(model: nn.Module, run: Recording, size: tuple[int, int]) -> tuple[int, tuple[int, int]]:
-    """How many class and register tokens come first, and the (rows, columns) of the patches after them."""
-    if run.tokens[0].dim() == 4:
-        return 0, tuple(run.tokens[0].shape[1:3])
-    tokens, (height, width) = run.valid.shape[1], size
-    known = getattr(model, "num_prefix_tokens", 0)  # timm's word; some of its models add their class token later
-    for prefix in [known, *range(tokens)]:
-        patches = tokens - prefix
-        grid = round((patches * height / width) ** 0.5), round((patches * width / height) ** 0.5)
-        if grid[0] * grid[1] == patches:
-            return prefix, grid
-    raise ValueError(f"{tokens} tokens don't fit a grid of patches on a {height}x{width} picture")
+# ---- what methods read -----------------------------------------------------------------------------------------------
+
+
+def reads(*what: str) -> Callable[[Method], Method]:
+    """Decorator of a method: what it needs of a recording beside the tokens and the first ones' gradient."""
+
+    def mark(method: Method) -> Method:
+        method.reads = frozenset(what)  # type: ignore[attr-defined]
+        return method
+
+    return mark
+
+
+def reads_of(name: str) -> frozenset[str]:
+    return getattr(METHODS[name], "reads", frozenset({LAYERS}))
+
+
+def everything_read(methods: Iterable[str]) -> frozenset[str]:
+    return frozenset().union(*map(reads_of, methods))
 
 
 # ---- input times gradient, and its sums over layers ------------------------------------------------------------------
@@ -123,23 +196,29 @@ def patch_grid(model: nn.Module, run: Recording, size: tuple[int, int]) -> tuple
 
 def tokens_and_gradients(run: Recording, layer: int) -> tuple[Tensor, Tensor]:
     """Tokens entering a block and their gradients, both (B, N_layer, C) in at least single precision."""
-    h, g = run.tokens[layer].detach().float(), run.gradients.tokens[layer]
-    h, g = h.flatten(1, -2), g.flatten(1, -2)
+    h, g = precise(run.tokens[layer]), run.gradients.tokens[layer]
     return (h * run.valid[..., None], g) if run.valid.shape == h.shape[:2] else (h, g)
 
 
 def spread(scores: Tensor, run: Recording, layer: int) -> Tensor:
     """Scores of one layer's tokens (B, N_layer) on the tokens of the first, (B, N): a coarse one shares evenly."""
-    first, here = run.tokens[0].shape[1:-1], run.tokens[layer].shape[1:-1]
-    if first == here:
+    if scores.shape == run.valid.shape:
         return scores
-    if len(first) != 2 or len(here) != 2 or first[0] % here[0] or first[1] % here[1]:
+    grid, here = run.layout.grid, run.axes[layer].sizes(run.stream[layer])
+    place = run.layout.place
+    k = None if grid is None or place is None else coarsening(grid, here)
+    if k is None or place.dim() > 1:
         raise ValueError(
-            f"block {layer} works on {tuple(here)} tokens, the first block on {tuple(first)}: no known relation"
+            f"block {layer} works on {' x '.join(map(str, here))} tokens, the first block on "
+            f"{' x '.join(map(str, run.axes[0].sizes(run.stream[0])))}: no known relation between them; use IxG or "
+            "FullGrad, which read the first block's, or name the blocks of one stage, blocks=[...]"
         )
-    rows, columns = first[0] // here[0], first[1] // here[1]
-    maps = scores.unflatten(1, here).repeat_interleave(rows, 1).repeat_interleave(columns, 2)
-    return maps.flatten(1) / (rows * columns)
+    cell = torch.zeros((), dtype=torch.long)
+    for length in grid:  # the number of the coarse cell that each fine one lies in, row by row
+        cell = cell[..., None] * -(-length // k) + torch.arange(length) // k
+    cell = cell.flatten().to(scores.device)
+    fine = scores[:, cell] / cell.bincount()[cell]
+    return scores.new_zeros(run.valid.shape).index_copy(1, place.to(scores.device), fine)
 
 
 def input_times_gradient(run: Recording, layer: int) -> Tensor:
@@ -147,54 +226,59 @@ def input_times_gradient(run: Recording, layer: int) -> Tensor:
     return spread((h * g).sum(-1), run, layer)
 
 
-def constant_attributions(run: Recording) -> Iterable[tuple[int, Tensor | float, Tensor]]:
-    """For each constant: its layer, its attribution per token (B, N), and in total (B,).
-
-    What can't be placed on a token (a head's bias, one inside a window) has 0 per token, and counts in total.
-    """
-    samples = len(run.output)
-    for constant, gradient in zip(run.constants, run.gradients.constants, strict=True):
-        if gradient.dim() == 0:  # no gradient came by
-            continue
-        product = (constant.value.float() * gradient).sum(constant.channels)
-        if constant.tokens_first:
-            product = product.transpose(0, 1)
-        placed: Tensor | float = 0.0
-        if product.shape[0] == samples and product[0].numel() == run.tokens[constant.layer][0, ..., 0].numel():
-            placed = spread(product.flatten(1), run, constant.layer)
-        yield constant.layer, placed, product.reshape(samples, -1).sum(1)
+def second_scores(run: Recording) -> Tensor:
+    """Input x gradient at the tokens of a second stream, a decoder's: (B, N')."""
+    return (precise(run.second.detach()) * run.gradients.second).flatten(2).sum(-1)
 
 
+def whole_layer(run: Recording, layer: int) -> int:
+    number = range(len(run.stream))[layer]
+    if not run.whole[number]:
+        raise ValueError(
+            f"the tokens at block {number} aren't all of the stream, something leads past them: use layer=0"
+        )
+    return number
+
+
+@reads()
 def ixg(run: Recording) -> Scores:
     """Input x gradient at the tokens; complete on its own only where a model adds no constants."""
+    alone = not run.constants and run.second is None
     scores = input_times_gradient(run, 0)
-    return scores if run.constants else (scores, scores.sum(1))
+    return (scores, scores.sum(1)) if alone else scores
 
 
+@reads(LAYERS, CONSTANTS)
 def fullgrad(run: Recording, layer: int = 0) -> Scores:
     """Input x gradient at one block, plus every constant added from there on (Srinivas & Fleuret 2019).
 
-    With Libra each layer's scores and total explain the whole output (Mehri et al. 2025, section 3).
+    With Libra each layer's scores and total explain the whole output (Mehri et al. 2025, section 3). What can't be
+    placed on a token (a head's bias, one inside a window) and a decoder's own tokens count in the total.
     """
-    layer = range(len(run.tokens))[layer]
+    layer = whole_layer(run, layer)
     scores = input_times_gradient(run, layer)
     total = scores.sum(1)
-    for constant_layer, placed, sum_ in constant_attributions(run):
-        if constant_layer >= layer:
-            scores, total = scores + placed, total + sum_
+    for share in run.gradients.constants:
+        if share.layer >= layer:
+            total = total + share.total
+            if share.placed is not None:
+                scores = scores + spread(share.placed, run, share.layer)
+    if run.second is not None:
+        total = total + second_scores(run).sum(1)
     return scores, total
 
 
+@reads(LAYERS, CONSTANTS)
 def fullgrad_plus(run: Recording) -> Scores:
     """FullGrad+ (Mehri et al. 2025): input x gradient of every block plus all constants.
 
     For pictures the completeness error is that of the FullGrad it extends. For text it is the mean over blocks of each
     block's FullGrad, so that the scores themselves, with what can't be placed, add up to the logit.
     """
-    layers = range(len(run.tokens) - 1)
+    layers = range(len(run.stream) - 1)
     if run.is_text:
-        every = [fullgrad(run, layer) for layer in layers]
-        return tuple(torch.stack(part).mean(0) for part in zip(*every, strict=True))
+        every = [fullgrad(run, layer) for layer in layers if run.whole[layer]]
+        return tuple(torch.stack(part).mean(0) for part in zip(*every, strict=True))  # type: ignore[return-value]
     first, total = fullgrad(run)
     return first + sum(input_times_gradient(run, layer) for layer in layers[1:]), total
 
@@ -202,11 +286,13 @@ def fullgrad_plus(run: Recording) -> Scores:
 # ---- class activation maps -------------------------------------------------------------------------------------------
 
 
+@reads(LAYERS)
 def hirescam(run: Recording, layer: int = -1) -> Scores:
     """Input x gradient at one late block, the last by default (Draelos & Carin 2020)."""
-    return input_times_gradient(run, range(len(run.tokens) - 1)[layer])
+    return input_times_gradient(run, range(len(run.stream) - 1)[layer])
 
 
+@reads(LAYERS)
 def gradcam_plus(run: Recording) -> Scores:
     """GradCAM summed over blocks: channels weighted by their mean gradient."""
 
@@ -214,9 +300,10 @@ def gradcam_plus(run: Recording) -> Scores:
         h, g = tokens_and_gradients(run, layer)
         return spread((h * mean_over_tokens(run, g)).sum(-1), run, layer)
 
-    return sum(map(one_block, range(len(run.tokens) - 1)))
+    return sum(map(one_block, range(len(run.stream) - 1)))
 
 
+@reads(LAYERS)
 def xgradcam_plus(run: Recording) -> Scores:
     """XGradCAM summed over blocks: channels weighted by their share of the attribution."""
 
@@ -225,7 +312,7 @@ def xgradcam_plus(run: Recording) -> Scores:
         weight = (h * g).sum(1, keepdim=True) / h.abs().sum(1, keepdim=True).clamp(min=torch.finfo(h.dtype).tiny)
         return spread((h * weight).sum(-1), run, layer)
 
-    return sum(map(one_block, range(len(run.tokens) - 1)))
+    return sum(map(one_block, range(len(run.stream) - 1)))
 
 
 def mean_over_tokens(run: Recording, values: Tensor) -> Tensor:
@@ -245,13 +332,14 @@ def received(run: Recording, maps: Tensor) -> Tensor:
 
 def read_row(run: Recording, matrix: Tensor) -> Tensor:
     """The row of (B, N, N) that the output is read from: class or last token's, or the mean row."""
-    return torch.einsum("bq,bqk->bk", run.readout, matrix)
+    return torch.einsum("bq,bqk->bk", run.reading, matrix)
 
 
 def identity(run: Recording) -> Tensor:
     return torch.eye(run.valid.shape[1], device=run.output.device).expand(len(run.output), -1, -1)
 
 
+@reads(MAPS)
 def raw_attention(run: Recording) -> Scores:
     """The last block's attention map, mean over heads, read where the output is read."""
     return read_row(run, run.attention[-1].mean(1))
@@ -275,10 +363,11 @@ def discard_lowest(run: Recording, maps: Tensor, share: float) -> Tensor:
     """Zero the lowest share of the entries of each map (B, N, N), never the class token's own."""
     lowest = maps.flatten(1).topk(int(share * maps[0].numel()), dim=1, largest=False).indices
     kept = torch.ones_like(maps, dtype=torch.bool).flatten(1).scatter(1, lowest, False).view_as(maps)
-    own = torch.diag_embed(run.readout == 1)
+    own = torch.diag_embed(run.reading == 1)
     return maps.where(kept | own, torch.zeros_like(maps))
 
 
+@reads(MAPS)
 def rollout(run: Recording, head_fusion: str = "mean", discard_ratio: float = 0.0) -> Scores:
     """Attention Rollout (Abnar & Zuidema 2020), with vit-explain's head_fusion (mean, max, min) and discard_ratio."""
     if head_fusion not in FUSIONS:
@@ -286,6 +375,7 @@ def rollout(run: Recording, head_fusion: str = "mean", discard_ratio: float = 0.
     return roll_out(run, map(FUSIONS[head_fusion], run.attention), discard_ratio)
 
 
+@reads(MAPS, MAP_GRADIENTS)
 def gradient_rollout(run: Recording, discard_ratio: float = 0.0) -> Scores:
     """Rollout of attention times its gradient, positive parts only (as vit-explain, without its defects)."""
     return roll_out(run, positive_products(run), discard_ratio)
@@ -297,6 +387,7 @@ def positive_products(run: Recording) -> list[Tensor]:
     return [(a * g).relu().mean(1) for a, g in zip(maps, run.gradients.attention, strict=True)]
 
 
+@reads(MAPS, MAP_GRADIENTS)
 def genatt(run: Recording) -> Scores:
     """Generic attention explainability (Chefer et al. 2021)."""
     relevance = identity(run)
@@ -305,11 +396,13 @@ def genatt(run: Recording) -> Scores:
     return read_row(run, relevance)
 
 
+@reads(LAYERS, MAPS)
 def attcat(run: Recording) -> Scores:
     """AttCAT (Qiang et al. 2022): attention received in a block times input x gradient of the next."""
     return sum(received(run, a) * input_times_gradient(run, layer + 1) for layer, a in enumerate(run.attention))
 
 
+@reads(MAPS, MAP_GRADIENTS, BETWEEN)
 def tokentm(run: Recording) -> Scores:
     """Token transformation matters (Wu et al. 2024)."""
     attention, middle = run.attention, run.after_attention
@@ -317,7 +410,7 @@ def tokentm(run: Recording) -> Scores:
         raise ValueError(
             "TokenTM needs a residual stream between attention and MLP, and these blocks run them side by side"
         )
-    relevance = torch.diag_embed(run.tokens[0].detach().float().norm(dim=-1))
+    relevance = torch.diag_embed(precise(run.tokens[0]).norm(dim=-1))
     for layer, (a, g) in enumerate(zip(attention, run.gradients.attention, strict=True)):
         before, after = change(run, run.tokens[layer], middle[layer]), change(run, middle[layer], run.tokens[layer + 1])
         relevance = relevance + a.mean(1) * before[:, None] * g.relu().mean(1) @ relevance
@@ -327,19 +420,20 @@ def tokentm(run: Recording) -> Scores:
 
 def change(run: Recording, old: Tensor, new: Tensor) -> Tensor:
     """How much each token changed, (B, N): ratio of lengths times softmax over tokens of the cosine."""
-    old, new = old.detach().float(), new.detach().float()
+    old, new = precise(old.detach()), precise(new.detach())
     cosine = torch.cosine_similarity(old, new, dim=-1).masked_fill(~run.valid, -torch.inf)
     return new.norm(dim=-1) / old.norm(dim=-1) * cosine.softmax(1)
 
 
+@reads(MAPS, MAP_GRADIENTS)
 def legrad(run: Recording) -> Scores:
-    """LeGrad (Bousselham et al. 2024): each block's output, read by the model's head, explained by its attention."""
+    """LeGrad (Bousselham et al. 2024): each block's output, read by the model's head, explained by its attention.
 
-    def one_block(layer):
-        own_output = run.rerun(finish=run.tokens[layer + 1]).output
-        return received(run, run.attention_gradient(own_output, layer).relu())
-
-    return sum(map(one_block, range(len(run.attention))))
+    All blocks' outputs go through the head at once, in one more forward pass in which every block begins a graph of its
+    own: one backward pass then stops at each block's own map.
+    """
+    apart = run.rerun(apart=len(run.left))
+    return sum(received(run, gradient.relu()) for gradient in apart.gradients.attention)
 
 
 # ---- gradients averaged over many inputs -----------------------------------------------------------------------------
@@ -349,15 +443,27 @@ def mean_gradients(run: Recording, starts: list[Callable[[Tensor], Tensor]]) -> 
     """The mean of the gradients of runs that start from other tokens."""
     if not starts:
         raise ValueError("gradients are averaged over at least one step or sample, got 0")
-    sums = None
+    total = None
     for start in tqdm(starts, "gradients", disable=None, leave=False):
         here = run.rerun(start=start).gradients
-        sums = here if sums is None else add_gradients(sums, here)
-    return Gradients(*([total / len(starts) for total in totals] for totals in sums))
+        total = here if total is None else combined([total, here], 1)
+    return combined([total], 1 / len(starts))
 
 
-def add_gradients(first: Gradients, second: Gradients) -> Gradients:
-    return Gradients(*([a + b for a, b in zip(*lists, strict=True)] for lists in zip(first, second, strict=True)))
+def combined(parts: list[Gradients], weight: float) -> Gradients:
+    """The sum of gradients, times a weight."""
+
+    def summed(tensors: Iterable[Tensor | None]) -> Tensor | None:
+        tensors = list(tensors)
+        return None if any(tensor is None for tensor in tensors) else weight * sum(tensors)
+
+    tokens, constants, attention, second = zip(*parts, strict=True)
+    shares = [
+        ConstantShare(same[0].layer, summed(s.placed for s in same), summed(s.total for s in same))
+        for same in zip(*constants, strict=True)
+    ]
+    maps = [[summed(same) for same in zip(*lists, strict=True)] for lists in (tokens, attention)]
+    return Gradients(maps[0], shares, maps[1], summed(second))
 
 
 def with_gradients(run: Recording, gradients: Gradients) -> Recording:
@@ -382,15 +488,18 @@ def integrated(method: Callable[..., Scores]) -> Callable[..., Scores]:
         result = method(along_path(run, steps))
         return result[0] if isinstance(result, tuple) else result
 
+    with_path_gradients.reads = method.reads  # type: ignore[attr-defined]
     return with_path_gradients
 
 
+@reads()
 def integrated_gradients(run: Recording, steps: int = 50) -> Scores:
     """Integrated Gradients from zero tokens (Sundararajan et al. 2017); complete up to the output at zero."""
     scores = input_times_gradient(along_path(run, steps), 0)
     return scores, scores.sum(1) + run.rerun(start=torch.zeros_like).output
 
 
+@reads()
 def smoothgrad(run: Recording, samples: int = 25, noise: float = 0.1, seed: int = 0) -> Scores:
     """Input x gradient, the gradient averaged over noisy tokens (Smilkov et al. 2017).
 
@@ -405,6 +514,7 @@ def smoothgrad(run: Recording, samples: int = 25, noise: float = 0.1, seed: int 
     return input_times_gradient(with_gradients(run, mean_gradients(run, [noisy] * samples)), 0)
 
 
+@reads()
 def random_scores(run: Recording, seed: int = 0) -> Scores:
     """Noise, as a floor for every metric. It depends on the sample, not on its place in a batch."""
 

@@ -167,6 +167,13 @@ def longest_text(model: nn.Module) -> int | None:
     return limit if isinstance(limit, int) and limit > 0 else None
 
 
+def attention_heads(model: nn.Module) -> int:
+    """At least so many; 1 where the model doesn't say."""
+    said = [getattr(text_config(model), "num_attention_heads", None)]
+    said += [getattr(module, "num_heads", None) for module in plain(model).modules()]
+    return next((heads for heads in said if isinstance(heads, int)), 1)
+
+
 def said_grids(model: nn.Module, size: tuple[int, int]) -> list[tuple[int, int]]:
     """The (rows, columns) of patches that parts of the model report for pictures of `size`, likeliest first."""
     grids = []
@@ -190,3 +197,56 @@ def picture_token_ids(model: nn.Module) -> list[int]:
     names = ("image_token_id", "image_token_index", "video_token_id", "video_token_index", "audio_token_id")
     ids = [getattr(config, name, None) for name in names]
     return [i for i in ids if isinstance(i, int)]
+
+
+# ---- what is refused before the model runs ---------------------------------------------------------------------------
+
+
+def check_inputs(model: nn.Module, given: Any) -> None:
+    """Raises ValueError for inputs and models that can't be explained, with what, where and what to do."""
+    name = name_of(model)
+    if torch.is_inference_mode_enabled():
+        raise ValueError("there are no gradients inside torch.inference_mode(): call from outside of it")
+    if plain(model).training:
+        raise ValueError(f"{name} is in training mode; call model.eval() first")
+    if not isinstance(given, Tensor | Mapping):
+        raise ValueError(
+            f"inputs are a {type(given).__name__}: give a tensor, pictures (B, 3, H, W) or token ids (B, T), or a dict of "
+            "the model's keyword arguments, as a tokenizer or processor returns"
+        )
+    inputs = Inputs(given)
+    for argument, tensor in inputs.tensors.items():
+        label = f"{argument} of the input" if argument else "the input"
+        if tensor.numel() == 0:
+            raise ValueError(f"{label} is empty, {tuple(tensor.shape)}: there is nothing to explain")
+        if tensor.is_floating_point() and not tensor.isfinite().all() and "mask" not in argument:
+            raise ValueError(f"{label} holds NaN or infinity in {int((~tensor.isfinite()).sum())} places")
+    if not inputs.tensors:
+        raise ValueError("inputs hold no tensor: ask the tokenizer or processor for return_tensors='pt'")
+    check_batch(model, inputs)
+    if inputs.mask is not None and not inputs.mask.bool().any(1).all():
+        row = int((~inputs.mask.bool().any(1)).nonzero()[0])
+        raise ValueError(f"attention_mask hides every token of sample {row}: there is nothing to explain")
+    limit, text = longest_text(model), inputs.text
+    if text is not None and limit is not None and text.shape[1] > limit:
+        raise ValueError(f"the text has {text.shape[1]} tokens, and {name} knows {limit} positions: shorten it")
+
+
+def check_batch(model: nn.Module, inputs: Inputs) -> None:
+    """The dimension of samples that is so easily forgotten."""
+    text, tensors = inputs.text, inputs.tensors
+    if text is not None and text.dim() < 2:
+        raise ValueError(
+            f"token ids need two dimensions, (B, T), got {tuple(text.shape)}: add the one of samples, ids[None]"
+        )
+    one = tensors.get("", tensors.get("pixel_values"))
+    takes_pictures = hasattr(plain(model), "patch_embed") or hasattr(plain(model), "default_cfg")
+    takes_pictures |= getattr(plain(model), "main_input_name", None) == "pixel_values" or pairs_pictures_and_texts(model)
+    if text is None and one is not None and takes_pictures:
+        if not one.is_floating_point():
+            raise ValueError(f"pictures must be floating-point numbers, got {one.dtype}: convert and normalise them first")
+        if one.dim() == 3:
+            raise ValueError(
+                f"pictures need four dimensions, (B, 3, H, W), got {tuple(one.shape)}: add the one of samples, "
+                "picture[None]"
+            )

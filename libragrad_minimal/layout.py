@@ -111,6 +111,33 @@ def layout_of(model: nn.Module, inputs: Inputs, blocks: tuple[nn.Module, ...], t
     return layout
 
 
+def layer_axes(first: Axes, tokens: Tensor, later: Tensor, grid: tuple[int, ...] | None) -> Axes:
+    """The dimensions of later tokens, of a pyramid's stage perhaps: those of the first where they fit, else those that
+    make a coarser grid of the first's, else what every library has."""
+    samples = tokens.shape[first.batch]
+    if later.dim() == tokens.dim() and later.shape[first.batch] == samples:
+        if later.dim() == 3 or first.sizes(later) == first.sizes(tokens):
+            return first
+    options = [Axes(0, (1,))] if later.dim() == 3 else [Axes(0, (1, 2)), Axes(0, (2, 3))]
+    if later.dim() == tokens.dim():
+        options = [first, *options]
+    if grid is not None:
+        options.sort(key=lambda axes: coarsening(grid, axes.sizes(later)) is None)
+    fitting = [axes for axes in options if max(axes.tokens) < later.dim() and later.shape[axes.batch] == samples]
+    if not fitting:
+        raise ValueError(f"a later block works on {tuple(later.shape)}, in which {samples} samples don't lie side by side")
+    return fitting[0]
+
+
+def coarsening(fine: tuple[int, ...], coarse: tuple[int, ...]) -> int | None:
+    """The k by which a grid became coarser, k x k cells to one; also if the coarse one is flat."""
+    for k in range(1, max(fine) + 1):
+        cells = tuple(-(-n // k) for n in fine)
+        if coarse in (cells, (math.prod(cells),)):
+            return k
+    return None
+
+
 # ---- sequences -------------------------------------------------------------------------------------------------------
 
 

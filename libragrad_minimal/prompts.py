@@ -12,10 +12,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
-from .attribution import METHODS, check_method, patch_grid
+from .attribution import attribution, check_method, reads_of
+from .engine import LIBRA, Rules
+from .families import Inputs
 from .models import LoadedModel
-from .recording import record
-from .rules import LIBRA, Rules
+from .recording import GRAPH, Request, record
 
 
 @dataclass(frozen=True)
@@ -66,16 +67,13 @@ def _each_prompt(loaded: LoadedModel, images: Tensor, texts: Tensor, method: str
         features.append(answer)
         return answer @ texts[0]
 
-    shared = record(loaded.model, images, keep, rules)
-    prefix, grid = patch_grid(loaded.model, shared, tuple(images.shape[-2:]))
+    request = Request(loaded.model, Inputs(images), keep, rules, reads=reads_of(method) | {GRAPH})
+    shared = record(request)
     for text in texts:
-        rerun = partial(record, loaded.model, images, text, rules)
-        run = replace(shared, output=features[0] @ text, rerun=rerun)
-        result = METHODS[method](run)
-        output = run.output.detach()
-        scores, total = result if isinstance(result, tuple) else (result, torch.full_like(output, torch.nan))
-        error = (output - total.detach()).abs()
-        yield scores.detach()[:, prefix:].unflatten(1, grid), output, error
+        asked = replace(request, target=text)
+        run = replace(shared, output=features[0] @ text, request=asked, rerun=partial(record, asked))
+        result = attribution(run, method, {})
+        yield result.maps, result.output, result.completeness_error
 
 
 @torch.no_grad()

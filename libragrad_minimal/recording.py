@@ -1,145 +1,56 @@
 """What one forward pass of an untouched model leaves behind for attribution methods to read.
 
-Three public means of PyTorch suffice: forward hooks on the blocks catch the tokens between them, a `TorchFunctionMode`
-notes every constant that is added to the stream, and the autograd graph between two blocks holds the attention map.
+Forward hooks on the blocks catch the tokens between them, the engine's `observed()` every constant that is added, and
+the autograd graph between two blocks holds the attention map. What a method doesn't read is not kept.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.graph import Node
+from torch.autograd.graph import Node, get_gradient_edge
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.overrides import TorchFunctionMode
 
-from .backward import libra_grad
-from .residual import ADDITIONS, record_residuals
-from .rules import LIBRA, Rules, operation_name
+from .added_constants import Constant, ConstantShare, catch_shares, constants_of
+from .engine import LIBRA, Rules, libra_grad, observed
+from .engine.nodes import OPERANDS, noted, operation_name
+from .families import Inputs, attention_heads, call, name_of
+from .layout import Axes, Layout, layer_axes, layout_of
+from .readout import chosen_rows, explained, kept_rows
+from .streams import Streams, candidates, find_streams, dependents, is_stream, removed, separators, stream_argument, topological
 
-BLOCK_LISTS = ("blocks", "layers", "layer", "h", "resblocks")  # timm; Llama, BERT, GPT-2 in transformers; open_clip
-
-
-# ---- where the blocks are --------------------------------------------------------------------------------------------
-
-
-def find_blocks(model: nn.Module) -> list[nn.Module]:
-    """The Transformer blocks of a model of timm, transformers or open_clip, in forward order.
-
-    Raises ValueError where there is no list of blocks under one of the usual names.
-    """
-    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
-        raise ValueError(f"{type(model).__name__} is an encoder-decoder: its tokens don't form one stream of blocks")
-    tower = getattr(model, "visual", getattr(model, "vision_model", model))
-    lists = {
-        name: module
-        for name, module in tower.named_modules()
-        if name.rpartition(".")[2] in BLOCK_LISTS and isinstance(module, nn.ModuleList | nn.Sequential) and len(module)
-    }
-    # hierarchical models: `layers` is a list of stages, each of which holds its `blocks`
-    stages = [
-        name
-        for name in lists
-        if all(any(f"{name}.{i}.{b}" in lists for b in BLOCK_LISTS) for i in range(len(lists[name])))
-    ]
-    innermost = {name: module for name, module in lists.items() if name not in stages}
-    outermost = [
-        module for name, module in innermost.items() if not any(name.startswith(f"{other}.") for other in innermost)
-    ]
-    if not outermost:
-        raise ValueError(
-            f"{type(model).__name__} has no list of blocks called {', '.join(BLOCK_LISTS)}, so no tokens. "
-            "libra_grad(output, inputs) works on any model, with inputs of your choice."
-        )
-    return [block for module in outermost for block in module]
+# What a method may ask a recording for, beside the first tokens and their gradient.
+LAYERS = "layers"  # gradients at every block
+CONSTANTS = "constants"  # what each added constant contributes
+MAPS = "attention maps"  # needs memory quadratic in the number of tokens
+MAP_GRADIENTS = "gradients of attention maps"
+BETWEEN = "the stream between attention and MLP"
+GRAPH = "the graph, after the first backward pass"
 
 
-# ---- constants -------------------------------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class Request:
+    """What is asked of a model: everything that decides how it is run and read."""
 
-
-class Constant(NamedTuple):
-    """A bias-like constant: `value`, shaped to broadcast, was added to the result of `node`.
-
-    layer: the number of the block that was running, or had run last; L after the last block.
-    """
-
-    value: Tensor
-    node: Node
-    layer: int
-    channels: int = -1  # the dimension of the result that `value` runs along
-    tokens_first: bool = False  # the result is (N, B, C), as inside nn.MultiheadAttention
-
-
-# function -> name and position of the argument it adds, and the dimension of the result which that runs along
-BIASES = {
-    F.linear: ("bias", 2, -1),
-    F.layer_norm: ("bias", 3, -1),
-    F.group_norm: ("bias", 3, 1),
-    F.batch_norm: ("bias", 4, 1),
-    torch.conv1d: ("bias", 2, 1),
-    torch.conv2d: ("bias", 2, 1),
-    torch.conv3d: ("bias", 2, 1),
-    torch.addmm: ("input", 0, -1),  # GPT-2's Conv1D
-}
-
-
-class record_additions(TorchFunctionMode):
-    """Context for the forward pass: calls constant(value, result, ...) for every bias and parameter that is added, and
-    addition(a, b, result) for every sum of two tensors."""
-
-    def __init__(self, constant: Callable[..., None], addition: Callable[[Tensor, Tensor, Tensor], None]):
-        super().__init__()
-        self.constant, self.addition = constant, addition
-
-    def __torch_function__(self, function, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        result = function(*args, **kwargs)
-        if function in BIASES:
-            name, position, dimension = BIASES[function]
-            bias = args[position] if len(args) > position else kwargs.get(name)
-            if bias is not None:
-                if dimension == 1:
-                    bias = bias.reshape(-1, *[1] * (result.dim() - 2))  # one number a channel
-                self.constant(bias, result, dimension)
-        elif function in ADDITIONS and len(args) == 2 and all(isinstance(operand, Tensor) for operand in args):
-            self.addition(*args, result)
-            for operand in args:
-                if isinstance(operand, nn.Parameter):
-                    self.constant(operand, result)
-        elif function is F.multi_head_attention_forward and args[6] is not None:
-            self.constant(attention_bias(*args), result[0], tokens_first=True)
-        return result
-
-
-def attention_bias(*args) -> Tensor:
-    """What nn.MultiheadAttention adds to its output: rows of a map sum to 1, so the values' bias passes it whole.
-
-    Biases of queries and keys act inside the softmax; under LIBRA they carry no gradient, and they are not counted.
-    """
-    in_bias, out_weight, out_bias = args[6], args[11], args[12]  # all of the arguments come by position
-    return out_weight @ in_bias.chunk(3)[2] + out_bias
+    model: nn.Module
+    inputs: Inputs
+    target: Any
+    rules: Rules = LIBRA
+    blocks: Any = None
+    readout: Any = None
+    reads: frozenset[str] = frozenset({LAYERS})
 
 
 # ---- attention maps --------------------------------------------------------------------------------------------------
 
-RESHAPES = {
-    "View",
-    "UnsafeView",
-    "ReshapeAlias",
-    "Expand",
-    "Clone",
-    "ToCopy",
-    "Alias",
-    "Unsqueeze",
-    "Squeeze",
-    "NativeDropout",
-}
+RESHAPES = "View UnsafeView ReshapeAlias Expand Clone ToCopy Alias Unsqueeze Squeeze NativeDropout".split()
 
 
 class AttentionMap(NamedTuple):
@@ -148,6 +59,12 @@ class AttentionMap(NamedTuple):
     softmax: Node
     product: Node
     factor: int  # which operand of the product it is
+
+    def gradient(self, arriving: Tensor) -> Tensor:
+        """The map's gradient from the product's, whatever a rule makes of it there."""
+        if self.factor == 0:
+            return arriving @ self.product._saved_mat2.transpose(-1, -2)
+        return self.product._saved_self.transpose(-1, -2) @ arriving
 
 
 def find_attention(start: Node, stop: set[Node]) -> list[AttentionMap]:
@@ -179,32 +96,71 @@ def find_attention(start: Node, stop: set[Node]) -> list[AttentionMap]:
 
 
 class Gradients(NamedTuple):
-    """Gradients of the output, aligned with a recording's tokens, constants and attention maps."""
+    """Gradients of the output, at least in single precision, aligned with a recording's tokens and attention maps."""
 
-    tokens: list[Tensor]
-    constants: list[Tensor]
-    attention: list[Tensor]  # (B, H, N, N) each; empty if the model has none that can be read
+    tokens: list[Tensor]  # (B, N_l, C) for each block, or for the first alone
+    constants: list[ConstantShare]
+    attention: list[Tensor]  # (B, H, N, N) each
+    second: Tensor | None  # (B, N', C)
 
 
 @dataclass
 class Recording:
     """One forward pass. B samples, N tokens (class token and all), L blocks."""
 
+    request: Request
     output: Tensor  # (B,) what is explained
-    tokens: list[Tensor]  # L + 1 of (B, N, C), entering each block and leaving the last; (B, rows, columns, C) in Swin
-    after_attention: list[Tensor | None]  # L of (B, N, C), the stream between attention and MLP, where there is one
-    constants: list[Constant]
+    stream: list[Tensor]  # L + 1, entering each block and leaving the last, in the model's own order of dimensions
+    second: Tensor | None  # what enters the first block of a second stream, a decoder's
+    layout: Layout
+    axes: list[Axes]  # of each of the stream's tensors
     valid: Tensor  # (B, N) False at padding
     is_text: bool
-    rules: Rules
-    rerun: Callable[..., Recording]  # rerun(start=...), rerun(finish=...): as in `record`
+    left: list[Tensor]  # L, as each block returned them
+    entered: list[Tensor]  # L, as each block was given them, if the recording is to tell what is added to them
+    rerun: Callable[..., Recording]  # rerun(start=...), rerun(apart=...): as in `record`
     path_gradients: dict[int, Gradients] = field(default_factory=dict)  # steps -> mean along the path of IG
+
+    @property
+    def rules(self) -> Rules:
+        return self.request.rules
+
+    @cached_property
+    def tokens(self) -> list[Tensor]:
+        """L + 1 of (B, N_l, C), entering each block and leaving the last."""
+        return [axes.arrange(h.detach()) for axes, h in zip(self.axes, self.stream, strict=True)]
+
+    def asked_for(self, *what: str) -> None:
+        missing = set(what) - self.request.reads
+        if missing:
+            raise ValueError(
+                f"this recording holds no {' and no '.join(sorted(missing))}: say that your method reads them, with the "
+                "decorator @reads(...) of libragrad_minimal.attribution"
+            )
+
+    @cached_property
+    def whole(self) -> list[bool]:
+        """L + 1: does everything that the first tokens tell pass through these? Not where something leads past them."""
+        between = separators([self.output.grad_fn], get_gradient_edge(self.stream[0]).node)
+        return [get_gradient_edge(h).node in between for h in self.stream]
+
+    @cached_property
+    def constants(self) -> list[Constant]:
+        """Everything that is added on the way."""
+        starts = [self.stream[0]] if self.second is None else [self.stream[0], self.second]
+        return constants_of(self.output, starts, self.stream)
 
     @cached_property
     def attention_maps(self) -> list[AttentionMap]:
         """Where each block's attention map sits. Raises ValueError where there isn't one in every block."""
-        stop = {h.grad_fn for h in self.tokens if h.grad_fn is not None}
-        found = [find_attention(after.grad_fn, stop - {after.grad_fn}) for after in self.tokens[1:]]
+        self.asked_for(MAPS)
+        if self.second is not None:
+            raise ValueError(
+                f"{name_of(self.request.model)} has two streams of tokens that attend to each other; methods that read "
+                "attention maps explain one. Use IxG, FullGrad or FullGrad+"
+            )
+        stop = {get_gradient_edge(h).node for h in self.stream}
+        found = [find_attention(h.grad_fn, stop - {h.grad_fn}) for h in self.left]
         if not any(found):
             raise ValueError("this model has no attention maps to read; use a method without, such as FullGrad+ or IxG")
         for layer, maps in enumerate(found):
@@ -226,213 +182,276 @@ class Recording:
                 f"attention maps of shape {tuple(maps.shape)} don't tie {tokens} tokens to each other (windows, "
                 "pooled tokens); use a method without, such as FullGrad+ or IxG"
             )
-        return maps.reshape(samples, -1, tokens, tokens).float()
+        return precise(maps.reshape(samples, -1, tokens, tokens))
+
+    @cached_property
+    def after_attention(self) -> list[Tensor | None]:
+        """L of (B, N, C), the stream between attention and MLP, where there is one: what is added to a block's input."""
+        self.asked_for(BETWEEN)
+        return [self.middle(layer) for layer in range(len(self.stream) - 1)]
+
+    def middle(self, layer: int) -> Tensor | None:
+        h, end = self.entered[layer], self.left[layer].grad_fn
+        first = None
+        for node in topological([end], stop={get_gradient_edge(self.stream[layer]).node}):
+            operands = noted(node, OPERANDS)
+            if operands is not None and any(operand.data_ptr() == h.data_ptr() for operand in operands):
+                first = None if node is end else operands[0] + operands[1]
+                break
+        return None if first is None else self.axes[layer].arrange(first)
 
     @cached_property
     def gradients(self) -> Gradients:
         """Gradients of the output under the rules, all from one backward pass."""
-        try:
-            maps = self.attention_maps if self.attention else []
-        except ValueError:  # a method that needs them asks for them, and hears why there are none
-            maps = []
-        with caught_gradients(self.constants, maps) as (constants, attention):
-            tokens = libra_grad(self.output.sum(), self.tokens, self.rules, retain_graph=True)
-        return Gradients(
-            [gradient.float() for gradient in tokens],
-            [constants.get(i, torch.zeros((), device=self.output.device)) for i in range(len(self.constants))],
-            [self.per_head(attention[i]) for i in range(len(maps))],
-        )
-
-    def attention_gradient(self, output: Tensor, layer: int) -> Tensor:
-        """Gradient (B, H, N, N) of output (B,) with respect to one block's attention map."""
-        with caught_gradients([], [self.attention_maps[layer]]) as (_, attention):
-            libra_grad(output.sum(), [self.tokens[layer]], self.rules, retain_graph=True)
-        return self.per_head(attention[0])
+        reads = self.request.reads
+        maps = self.attention_maps if MAP_GRADIENTS in reads and self.attention else []
+        constants = self.constants if CONSTANTS in reads else []
+        if MAPS in reads:
+            _ = self.reading  # needs the graph, too
+        wanted = self.stream if LAYERS in reads else self.stream[:1]
+        seconds = [self.second] if self.second is not None else []
+        with caught_map_gradients(maps) as attention, catch_shares(constants, self.axes, self.stream) as shares:
+            found = libra_grad(
+                self.output.sum(),
+                [*wanted, *seconds, *(constant.tensor for constant in constants)],
+                self.rules,
+                retain_graph=GRAPH in reads,
+                allow_unused=True,
+            )
+        tokens = [
+            axes.arrange(precise(torch.zeros_like(h) if g is None else g))
+            for g, axes, h in zip(found, self.axes, wanted, strict=False)
+        ]
+        for constant, gradient in zip(constants, found[len(wanted) + len(seconds) :], strict=True):
+            shares.settle(constant, gradient)
+        second = precise(found[len(wanted)]) if seconds else None
+        return Gradients(tokens, shares.settled, [self.per_head(attention[i]) for i in range(len(maps))], second)
 
     @cached_property
-    def readout(self) -> Tensor:
-        """Which tokens the output is read from, as weights (B, N): the class token, the last token, or all alike."""
-        (gradient,) = torch.autograd.grad(self.output.sum(), self.tokens[-1], retain_graph=True)
-        used = (gradient != 0).any(-1).flatten(1)
-        one_each = bool((used.sum(1) == 1).all()) and used.shape == self.valid.shape
-        weights = (used if one_each else self.valid).float()
-        return weights / weights.sum(1, keepdim=True)
+    def reading(self) -> Tensor:
+        """Which tokens the output is read from, as weights (B, N): the class token, the last token, or all it uses."""
+        (gradient,) = torch.autograd.grad(self.output.sum(), self.stream[-1], retain_graph=True)
+        used = (self.axes[-1].arrange(gradient) != 0).any(-1)
+        if used.shape != self.valid.shape:
+            used = self.valid
+        return used.float() / used.sum(1, keepdim=True).clamp(min=1)
+
+
+def precise(tensor: Tensor) -> Tensor:
+    return tensor if tensor.dtype == torch.float64 else tensor.float()
 
 
 @contextlib.contextmanager
-def caught_gradients(constants: list[Constant], maps: list[AttentionMap]):
-    """Inside, a backward pass notes what arrives at each constant and at each attention map, by their numbers.
+def caught_map_gradients(maps: list[AttentionMap]) -> Iterator[dict[int, Tensor]]:
+    """Inside, a backward pass notes the gradient of each attention map, by its number, before any rule cuts it off."""
+    found: dict[int, Tensor] = {}
 
-    A map's gradient is taken at the product that uses it, before any rule cuts it off there.
-    """
-    at_constants: dict[int, Tensor] = {}
-    at_maps: dict[int, Tensor] = {}
+    def catch(i: int, place: AttentionMap):
+        def hook(arriving):
+            if arriving[0] is not None:
+                found[i] = place.gradient(arriving[0])
 
-    def catch_constant(i: int):
-        def hook(grad_outputs):
-            if grad_outputs[0] is not None:
-                at_constants[i] = grad_outputs[0].float()
+        return place.product.register_prehook(hook)
 
-        return constants[i].node.register_prehook(hook)
+    with removed([catch(i, place) for i, place in enumerate(maps)]):
+        yield found
 
-    def catch_map(i: int):
-        def hook(grad_inputs, grad_outputs):
-            at_maps[i] = grad_inputs[maps[i].factor]
 
-        return maps[i].product.register_hook(hook)
-
-    handles = [*map(catch_constant, range(len(constants))), *map(catch_map, range(len(maps)))]
-    try:
-        yield at_constants, at_maps
-    finally:
-        for handle in handles:
-            handle.remove()
+# ---- the forward pass ------------------------------------------------------------------------------------------------
 
 
 def record(
-    model: nn.Module,
-    inputs: Tensor | Mapping[str, Tensor],
-    target: Any,
-    rules: Rules = LIBRA,
+    request: Request,
     start: Callable[[Tensor], Tensor] | None = None,
-    finish: Tensor | None = None,
+    apart: int | None = None,
+    copies: bool = False,
 ) -> Recording:
-    """Run the model once and note what the attribution methods need; arguments as in `attribute`.
+    """Run the model once and note what the attribution methods need.
 
-    start   replaces the tokens that enter the first block by start(tokens)
-    finish  replaces the tokens that leave the last block, graph and all
+    Args:
+        request: what is run and explained.
+        start: replaces the tokens that enter the first block, of either stream, by start(tokens).
+        apart: the number of blocks, to start a graph of its own at each of them and to read each one's output, all at
+            once: the recording's output is (blocks * B,), and no graph leads from one block to the one before.
+        copies: hand each block a copy of its tokens, because one of them changes them in place.
     """
-    blocks = find_blocks(model)
-    tokens: list[Tensor] = []
-    entered: list[Tensor] = []
-    after_attention: list[Tensor | None] = []
-    constants: list[Constant] = []
+    if apart is not None:
+        request = replace(request, reads=request.reads | {LAYERS})
+    model, inputs, reads = request.model, request.inputs, request.reads
+    streams = find_streams(model, inputs, request.blocks)
+    rows = chosen_rows(model, inputs, request.target, request.readout)
+    kept, rows = kept_rows(model, rows)
+    passed = Passed(request, streams, start, apart, copies)
+    # the math kernel is the one whose softmax shows in the graph
+    kernel = sdpa_kernel(SDPBackend.MATH) if MAPS in reads else contextlib.nullcontext()
+    residuals = request.rules.residual or BETWEEN in reads
+    eager = torch.compiler.set_stance("force_eager")
+    with removed(passed.hooks()), torch.no_grad(), eager, kernel, observed(residuals=residuals):
+        answer = call(model, inputs, kept)
+        with torch.enable_grad():
+            output = explained(model, answer, *repeated(request, rows, apart), inputs.samples * (apart or 1))
+    if not copies and passed.changed_in_place():
+        return record(request, start, apart, copies=True)
+    return passed.finished(output)
 
-    def enter(block, args, kwargs):
-        name = None if args else next((n for n in ("hidden_states", "x") if n in kwargs), None)
-        if not args and name is None:
+
+@dataclass
+class Passed:
+    """What the hooks on the blocks see of one forward pass."""
+
+    request: Request
+    streams: Streams
+    start: Callable[[Tensor], Tensor] | None
+    apart: int | None
+    copies: bool
+    stream: list[Tensor] = field(default_factory=list)
+    versions: list[int] = field(default_factory=list)
+    entered: list[Tensor] = field(default_factory=list)
+    left: list[Tensor] = field(default_factory=list)
+    second: list[Tensor] = field(default_factory=list)
+
+    def hooks(self) -> list[Any]:
+        blocks = set(self.streams.blocks)
+        others = set(self.streams.second) - blocks
+        return [
+            *(block.register_forward_pre_hook(self.enter, with_kwargs=True) for block in blocks),
+            *(block.register_forward_hook(self.leave, with_kwargs=True) for block in blocks),
+            *(block.register_forward_pre_hook(self.enter_second, with_kwargs=True) for block in others),
+        ]
+
+    def begin(self, h: Tensor) -> Tensor:
+        """Everything before the first block is the input: the graph begins at its tokens."""
+        torch.set_grad_enabled(True)
+        return (self.start(h.detach()) if self.start else h.detach()).requires_grad_()
+
+    def enter(self, block, args, kwargs):
+        h = argument(block, args, kwargs)
+        if not self.stream and MAPS in self.request.reads:
+            check_memory(self.request.model, h, len(self.streams.blocks))
+        begins = not self.stream or self.apart is not None
+        self.stream.append(self.begin(h) if begins else h)
+        given = self.stream[-1].clone() if begins or self.copies else h
+        self.versions.append(self.stream[-1]._version)
+        if BETWEEN in self.request.reads:
+            self.entered.append(given)
+        return with_argument(given, args, kwargs)
+
+    def enter_second(self, block, args, kwargs):
+        if not self.second:
+            self.second.append(self.begin(argument(block, args, kwargs)))
+            return with_argument(self.second[0].clone(), args, kwargs)
+
+    def leave(self, block, args, kwargs, result):
+        parts = list(result) if isinstance(result, tuple) else [result]
+        place = next((i for i, part in enumerate(parts) if is_stream(part)), None)
+        if place is None:
+            raise ValueError(f"{type(block).__name__} returns no tokens; name other blocks, blocks=[...]")
+        self.left.append(parts[place])
+        if self.apart is not None and len(self.left) == self.apart:
+            parts[place] = torch.cat(self.left)
+            return tuple(parts) if isinstance(result, tuple) else parts[0]
+
+    def changed_in_place(self) -> bool:
+        return any(h._version != version for h, version in zip(self.stream, self.versions, strict=True))
+
+    def finished(self, output: Tensor) -> Recording:
+        request, inputs = self.request, self.request.inputs
+        self.check(output)
+        layout = layout_of(request.model, inputs, self.streams.blocks, self.stream[0])
+        stream = [*self.stream, self.left[-1]]
+        axes = [layer_axes(layout.axes, stream[0], h, layout.grid) for h in stream]
+        samples, length = layout.axes.arrange(stream[0]).shape[:2]
+        return Recording(
+            request=request,
+            output=output,
+            stream=stream,
+            second=self.second[0] if self.second else None,
+            layout=layout,
+            axes=axes,
+            valid=valid_tokens(inputs.mask, layout, samples, length).to(output.device),
+            is_text=inputs.picture is None or inputs.text is not None,
+            left=self.left,
+            entered=self.entered,
+            rerun=partial(record, request),
+        )
+
+    def check(self, output: Tensor) -> None:
+        """Did the blocks run, one after another, and does the output come from them?"""
+        name = name_of(self.request.model)
+        if not self.stream:
+            raise ValueError(f"{name} ran none of its blocks on this input; name those that run, blocks=[...]")
+        if output.grad_fn is None:
+            raise ValueError(f"what is explained doesn't depend on the blocks of {name}: is it detached, or of another tower?")
+        if self.streams.checked or self.apart is not None:
+            return
+        reached = dependents([output.grad_fn], get_gradient_edge(self.stream[0]).node)
+        apart = [i for i, h in enumerate(self.stream) if get_gradient_edge(h).node not in reached]
+        if apart:
             raise ValueError(
-                f"{type(block).__name__} is given no tokens as hidden_states or x, but {', '.join(kwargs)}"
+                f"block {apart[0]} of {name} doesn't work on what the block before it made: there are several towers. Name "
+                f"the blocks of one, blocks=[...]; {candidates(self.request.model)}"
             )
-        h = args[0] if args else kwargs[name]
-        if not tokens:  # everything before the first block is the input: h_0 begins the graph
-            h = (start(h.detach()) if start else h.detach()).requires_grad_()
-        tokens.append(h)
-        entered.append(h.clone())  # a block may add to its input in place
-        after_attention.append(None)
-        return ((entered[-1], *args[1:]), kwargs) if args else (args, {**kwargs, name: entered[-1]})
 
-    def leave(block, args, kwargs, result):
-        is_tuple = isinstance(result, tuple)
-        tokens.append(result[0] if is_tuple else result)
-        if finish is not None:
-            return (finish, *result[1:]) if is_tuple else finish
 
-    def note_constant(value, result, *how, **kind):
-        if tokens and result.grad_fn is not None:
-            constants.append(Constant(value.detach(), result.grad_fn, len(tokens) - 1, *how, **kind))
+def argument(block: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Tensor:
+    place = stream_argument(args, kwargs)
+    if place is None:
+        raise ValueError(
+            f"{type(block).__name__} is given no tokens, no floating-point tensor of three dimensions: name other "
+            "blocks, blocks=[...]"
+        )
+    return args[place] if isinstance(place, int) else kwargs[place]
 
-    def note_addition(a, b, result):
-        if after_attention and after_attention[-1] is None and (a is entered[-1] or b is entered[-1]):
-            after_attention[-1] = result
 
-    hooks = [block.register_forward_pre_hook(enter, with_kwargs=True) for block in blocks]
-    hooks.append(blocks[-1].register_forward_hook(leave, with_kwargs=True))
+def with_argument(given: Tensor, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+    place = stream_argument(args, kwargs)
+    if isinstance(place, int):
+        return (*args[:place], given, *args[place + 1 :]), kwargs
+    return args, {**kwargs, place: given}
+
+
+def repeated(request: Request, rows: Tensor | None, apart: int | None) -> tuple[Any, Any, Tensor | None]:
+    """Target, readout and rows for as many copies of the samples as there are blocks read apart."""
+    target, readout, samples = request.target, request.readout, request.inputs.samples
+    if apart is None:
+        return target, readout, rows
+    if isinstance(target, Tensor) and target.dim() == 1 + target.is_floating_point() and len(target) == samples:
+        target = target.repeat(apart, *[1] * (target.dim() - 1))
+    if isinstance(readout, Tensor) and readout.dim() and len(readout) == samples:
+        readout = readout.repeat(apart, *[1] * (readout.dim() - 1))
+    return target, readout, None if rows is None else rows.repeat(apart)
+
+
+def valid_tokens(mask: Tensor | None, layout: Layout, samples: int, length: int) -> Tensor:
+    """(B, N): False at padding. Tokens that show no part of the text (a prompt's, a register) count."""
+    valid = torch.ones(samples, length, dtype=torch.bool)
+    if mask is None:
+        return valid
+    mask = mask.bool().cpu()
+    if layout.place is None:
+        return mask if mask.shape == valid.shape else valid
+    if layout.place.dim() == 1 and mask.shape[1] == len(layout.place):
+        valid[:, layout.place.cpu()] = mask
+    return valid
+
+
+def check_memory(model: nn.Module, tokens: Tensor, blocks: int) -> None:
+    """Methods that read attention maps keep one a block and head; better to say so than to be killed."""
+    length = tokens.shape[1] if tokens.dim() == 3 else tokens.shape[1] * tokens.shape[2]
+    needed = 2 * blocks * attention_heads(model) * tokens.shape[0] * length**2 * tokens.element_size()
+    free = free_memory(tokens.device)
+    if free is not None and needed > free:
+        raise ValueError(
+            f"a method that reads attention maps needs {needed / 1e9:.1f} GB for {blocks} blocks of {length} x {length} "
+            f"tokens, and {free / 1e9:.1f} GB are free; use FullGrad+ or IxG, which need none, or a shorter input"
+        )
+
+
+def free_memory(device: torch.device) -> int | None:
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
     try:
-        # the math kernel is the one whose softmax shows in the graph
-        with (
-            torch.enable_grad(),
-            sdpa_kernel(SDPBackend.MATH),
-            record_residuals(),
-            record_additions(note_constant, note_addition),
-        ):
-            answer, mask = run(model, inputs)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    check_tokens(model, tokens, len(blocks), len(answer))
-    for layer, middle in enumerate(after_attention):  # attention and MLP side by side: one sum, which ends the block
-        if middle is not None and middle.grad_fn is tokens[layer + 1].grad_fn:
-            after_attention[layer] = None
-
-    is_text = picture_size(inputs) is None
-    samples, length = tokens[0].shape[0], tokens[0][0, ..., 0].numel()
-    valid = torch.ones(samples, length, dtype=torch.bool, device=answer.device)
-    if is_text and mask is not None:
-        valid = mask.bool()
-    return Recording(
-        output=explained(answer, target, valid),
-        tokens=tokens,
-        after_attention=after_attention,
-        constants=constants,
-        valid=valid,
-        is_text=is_text,
-        rules=rules,
-        rerun=partial(record, model, inputs, target, rules),
-    )
-
-
-def run(model: nn.Module, inputs: Tensor | Mapping[str, Tensor]) -> tuple[Tensor, Tensor | None]:
-    """The model's answer, (B, classes) or (B, N, classes) or image features (B, D), and the attention mask."""
-    if hasattr(model, "encode_image"):  # open_clip
-        return model.encode_image(inputs, normalize=True), None
-    if isinstance(inputs, Mapping):
-        answer = model(**inputs, **({"use_cache": False} if is_decoder(model) else {}))
-    else:
-        answer = model(inputs, **({"use_cache": False} if is_decoder(model) else {}))
-    for name in ("logits", "logits_per_image"):
-        answer = getattr(answer, name, answer)
-    if not isinstance(answer, Tensor):
-        raise ValueError(
-            f"{type(model).__name__} returns {type(answer).__name__} without logits: wrap it so that it returns them"
-        )
-    return answer, inputs.get("attention_mask") if isinstance(inputs, Mapping) else None
-
-
-def is_decoder(model: nn.Module) -> bool:
-    return getattr(model, "can_generate", bool)()
-
-
-def picture_size(inputs: Tensor | Mapping[str, Tensor]) -> tuple[int, int] | None:
-    """Height and width in pixels, None for text."""
-    pixels = inputs.get("pixel_values") if isinstance(inputs, Mapping) else inputs
-    return tuple(pixels.shape[-2:]) if isinstance(pixels, Tensor) and pixels.dim() == 4 else None
-
-
-def explained(answer: Tensor, target: Any, valid: Tensor) -> Tensor:
-    """The numbers to explain, (B,), from a model's answer (B, classes), or (B, N, classes) at the last token."""
-    if answer.dim() == 3:
-        last = valid.shape[1] - 1 - valid.flip(1).int().argmax(1)
-        answer = answer[torch.arange(len(answer), device=answer.device), last]
-    if callable(target):
-        output = target(answer)
-        if output.shape != answer.shape[:1]:
-            raise ValueError(
-                f"target(answer) must be one number per sample ({len(answer)},), got {tuple(output.shape)}"
-            )
-        return output
-    target = torch.as_tensor(target, device=answer.device)
-    if target.is_floating_point():
-        if target.shape[-1:] != answer.shape[-1:]:
-            raise ValueError(
-                f"a target of weights must end in {answer.shape[-1]} numbers, got shape {tuple(target.shape)}"
-            )
-        return (answer * target).sum(-1)
-    if target.dim() > 1 or target.dim() == 1 and len(target) != len(answer):
-        raise ValueError(
-            f"need one target class, or one for each of {len(answer)} samples; got shape {tuple(target.shape)}"
-        )
-    if not 0 <= target.min() <= target.max() < answer.shape[1]:
-        raise ValueError(f"target classes must lie in 0..{answer.shape[1] - 1}, got {target.tolist()}")
-    return answer.gather(1, target.expand(len(answer))[:, None])[:, 0]
-
-
-def check_tokens(model: nn.Module, tokens: list[Tensor], blocks: int, samples: int) -> None:
-    name = type(model).__name__
-    if len(tokens) != blocks + 1:
-        raise ValueError(f"{name} ran its {blocks} blocks {len(tokens) - 1} times: it isn't one stream of blocks")
-    for layer, h in enumerate(tokens):
-        if h.dim() not in (3, 4) or h.shape[0] != samples:
-            raise ValueError(
-                f"block {layer} of {name} works on {tuple(h.shape)}; need (B, N, C) or (B, rows, columns, C)"
-            )
+        lines = Path("/proc/meminfo").read_text().splitlines()
+    except OSError:
+        return None
+    return next((1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable")), None)

@@ -236,10 +236,7 @@ def separators(ends: Sequence[Node], root: Node) -> set[Node]:
     In topological order such a node is alone when its turn comes: no edge leads past it.
     """
     order = topological(ends)
-    reaches: set[Node] = set()
-    for node in order:
-        if node is root or any(child in reaches for child, _ in node.next_functions if child is not None):
-            reaches.add(node)
+    reaches = dependents(ends, root)
     found: set[Node] = set()
     waiting = {end for end in ends if end in reaches}
     for node in reversed(order):
@@ -252,10 +249,19 @@ def separators(ends: Sequence[Node], root: Node) -> set[Node]:
     return found
 
 
-def topological(ends: Sequence[Node]) -> list[Node]:
-    """Every node below `ends`, each after all that it sends gradient to."""
+def dependents(ends: Sequence[Node], root: Node) -> set[Node]:
+    """The nodes below `ends` that `root` is below of, itself among them."""
+    found: set[Node] = set()
+    for node in topological(ends):
+        if node is root or any(child in found for child, _ in node.next_functions):
+            found.add(node)
+    return found
+
+
+def topological(ends: Iterable[Node], stop: set[Node] = frozenset()) -> list[Node]:
+    """Every node below `ends` and above `stop`, each after all that it passes gradient on to."""
     order: list[Node] = []
-    entered: set[Node] = set()
+    entered: set[Node] = set(stop)
     stack = [(end, False) for end in ends]
     while stack:
         node, finished = stack.pop()
@@ -264,5 +270,5 @@ def topological(ends: Sequence[Node]) -> list[Node]:
         elif node not in entered:
             entered.add(node)
             stack.append((node, True))
-            stack.extend((child, False) for child, _ in node.next_functions if child is not None and child not in entered)
+            stack.extend((child, False) for child, _ in node.next_functions if child is not None)
     return order

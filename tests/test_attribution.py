@@ -18,15 +18,14 @@ from transformers import (
     GPTNeoXForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
-    T5Config,
-    T5ForConditionalGeneration,
     ViTConfig,
     ViTForImageClassification,
 )
 
 from libragrad_minimal.attribution import COMPOSED_WITH_IG, METHODS, attribute, attribute_many
-from libragrad_minimal.recording import record
-from libragrad_minimal.rules import ALI_LRP, ATTN_LRP, DECOMPX, LIBRA, PLAIN
+from libragrad_minimal.families import Inputs
+from libragrad_minimal.recording import MAPS, Request, record
+from libragrad_minimal.engine import ALI_LRP, ATTN_LRP, DECOMPX, LIBRA, PLAIN
 
 RESIDUAL = replace(LIBRA, residual=True)
 FEW_STEPS = {name: {"steps": 3} for name in METHODS if name.startswith("IG")}
@@ -488,7 +487,7 @@ def test_fused_attention_is_seen_too():
     model(PICTURES)
     assert len(maps) == 3
     torch.testing.assert_close(attribute(model, PICTURES, 3, "Gradient Attention Rollout").scores, fused)
-    for seen, expected in zip(record(model, PICTURES, 3).attention, maps[:3], strict=True):
+    for seen, expected in zip(record(Request(model, Inputs(PICTURES), 3, reads=frozenset({MAPS}))).attention, maps[:3], strict=True):
         torch.testing.assert_close(seen, expected)
 
 
@@ -566,11 +565,6 @@ def test_bad_requests(arguments, message):
 
 
 def test_models_that_do_not_fit():
-    t5 = T5ForConditionalGeneration(
-        T5Config(vocab_size=30, d_model=16, d_kv=4, d_ff=16, num_layers=1, num_heads=2)
-    ).eval()
-    with pytest.raises(ValueError, match="encoder-decoder"):
-        attribute(t5, {"input_ids": IDS, "decoder_input_ids": IDS}, 0)
     side_by_side = GPTNeoXConfig(
         vocab_size=30, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16
     )

@@ -1,0 +1,173 @@
+"""Which number of a model's answer is explained, one for each sample: a class, a combination of classes, a function.
+
+Answers with one row a token, a patch or a query, or with one a pixel, need to be told which of them is meant.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .families import Inputs, accepts, embedding_of, generates, name_of
+
+CHOICES = (
+    "readout=3 for row 3, readout=tensor of one row a sample, readout='last', or a function of the whole answer as target"
+)
+
+
+def last_rows(inputs: Inputs) -> Tensor:
+    """(B,) the position of each text's last token that isn't padding."""
+    text, mask = inputs.text, inputs.mask
+    if mask is None or mask.shape != text.shape[:2]:
+        return torch.full((len(text),), text.shape[1] - 1, device=text.device)
+    return mask.shape[1] - 1 - mask.flip(1).bool().int().argmax(1)
+
+
+def chosen_rows(model: nn.Module, inputs: Inputs, target: Any, readout: Any) -> Tensor | None:
+    """(B,) the rows of an answer to a text that are read, as far as the request tells; None if it doesn't."""
+    if inputs.text is None:
+        return None
+    if isinstance(readout, str) and readout == "last":
+        return last_rows(inputs)
+    if readout is None:
+        return last_rows(inputs) if generates(model) and not callable(target) else None
+    rows = torch.as_tensor(readout)
+    if rows.is_floating_point() or rows.dtype == torch.bool or rows.dim() > 1:
+        return None
+    length = inputs.text.shape[1]
+    rows = rows.to(inputs.text.device).expand(inputs.samples)
+    if rows.min() < -length or rows.max() >= length:
+        raise ValueError(f"readout names row {readout}, and the text has {length} tokens")
+    return rows % length
+
+
+def kept_rows(model: nn.Module, rows: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+    """The rows for which the model need compute logits, and where among them each sample's own is."""
+    if rows is None or not accepts(model, "logits_to_keep"):
+        return None, rows
+    return rows.unique(return_inverse=True)
+
+
+def explained(model: nn.Module, answer: Any, target: Any, readout: Any, rows: Tensor | None, samples: int) -> Tensor:
+    """The numbers to explain (B,), of an answer whose rows are (B, rows, classes). rows: (B,) those that are read."""
+    name = name_of(model)
+    if not isinstance(answer, Tensor):
+        answer = vector_answer(name, answer, target, readout)
+        if callable(target):
+            return checked_output(target(answer), samples)
+    if callable(target) and readout is None:
+        return checked_output(target(answer), samples)
+    if len(answer) != samples:
+        raise ValueError(f"{name} answers with {tuple(answer.shape)} to {samples} samples: give a function as target")
+    if answer.dim() == 1:
+        return single_number(name, answer, target)
+    if answer.dim() > 2:
+        answer = one_row(name, answer, readout, rows)
+    elif readout is not None and not isinstance(readout, str):
+        raise ValueError(f"{name} answers with one row of {answer.shape[1]} numbers a sample: there is no row to choose")
+    if callable(target):
+        return checked_output(target(answer), samples)
+    return chosen_class(answer, target)
+
+
+def vector_answer(name: str, answer: Any, target: Any, readout: Any) -> Any:
+    """Of a model without logits: what a function may take apart, or one vector a sample, or its last states by rows."""
+    if callable(target) and readout is None:
+        return answer
+    vector = embedding_of(answer) if readout is None else getattr(answer, "last_hidden_state", None)
+    if vector is None:
+        parts = ", ".join(answer) if hasattr(answer, "keys") else type(answer).__name__
+        raise ValueError(
+            f"{name} returns no logits but {parts}: give a function of that as target, for example "
+            "lambda answer: answer.last_hidden_state[:, 0] @ direction"
+        )
+    return vector
+
+
+def one_row(name: str, answer: Tensor, readout: Any, rows: Tensor | None) -> Tensor:
+    """(B, classes) of an answer (B, rows, classes), or (B, classes, height, width)."""
+    if isinstance(readout, Tensor) and readout.dtype == torch.bool:
+        return masked_mean(name, answer, readout)
+    if answer.dim() > 3:
+        if isinstance(readout, Sequence) and len(readout) == answer.dim() - 2 and not isinstance(readout, str):
+            return answer[(slice(None), slice(None), *readout)]
+        raise ValueError(
+            f"{name} answers with {tuple(answer.shape)}, one number a class and a pixel: say which pixels, as "
+            "readout=(row, column) or readout=mask, a boolean tensor, or give a function of the whole answer as target"
+        )
+    if rows is None and readout is not None and not isinstance(readout, str):
+        rows = torch.as_tensor(readout).expand(len(answer))
+        if rows.min() < -answer.shape[1] or rows.max() >= answer.shape[1]:
+            raise ValueError(f"readout names row {readout}, and the answer has {answer.shape[1]} rows")
+    if rows is None and isinstance(readout, str):
+        rows = torch.full((len(answer),), answer.shape[1] - 1)
+    if rows is None:
+        raise ValueError(
+            f"{name} answers with {answer.shape[1]} rows of {answer.shape[2]} numbers a sample: say which is explained, "
+            + CHOICES
+        )
+    return answer[torch.arange(len(answer), device=answer.device), rows.to(answer.device)]
+
+
+def masked_mean(name: str, answer: Tensor, mask: Tensor) -> Tensor:
+    """The mean over the rows or pixels of a mask, which may differ from sample to sample."""
+    by_place = answer if answer.dim() == 3 else answer.flatten(2).transpose(1, 2)
+    places = answer.shape[1:2] if answer.dim() == 3 else answer.shape[2:]
+    if mask.shape not in (places, (len(answer), *places)):
+        raise ValueError(f"{name} answers for {' x '.join(map(str, places))} places, and the mask is {tuple(mask.shape)}")
+    weight = mask.to(answer.device).expand(len(answer), *places).flatten(1).to(answer.dtype)
+    if (weight.sum(1) == 0).any():
+        raise ValueError("the mask of readout is empty for a sample: there is nothing to explain")
+    return (by_place * (weight / weight.sum(1, keepdim=True))[..., None]).sum(1)
+
+
+def single_number(name: str, answer: Tensor, target: Any) -> Tensor:
+    if target is None or not isinstance(target, Tensor) and target == 0 and not isinstance(target, bool):
+        return answer
+    raise ValueError(f"{name} answers with one number a sample: there is no class {target}; target=None explains the number")
+
+
+def checked_output(output: Any, samples: int) -> Tensor:
+    if not isinstance(output, Tensor) or output.shape != (samples,):
+        found = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
+        raise ValueError(f"target(answer) must be one number per sample ({samples},), got {found}")
+    return output
+
+
+def chosen_class(answer: Tensor, target: Any) -> Tensor:
+    samples, classes = answer.shape
+    weights = torch.as_tensor(target, device=answer.device)
+    if weights.is_floating_point():
+        if weights.shape not in ((classes,), (samples, classes)):
+            raise ValueError(
+                f"a target of weights must end in {classes} numbers, one for each class (or for each sample and class); "
+                f"got shape {tuple(weights.shape)}"
+            )
+        return (answer * weights.to(answer.dtype)).sum(-1)
+    if weights.dim() > 1 or weights.dim() == 1 and len(weights) != samples:
+        raise ValueError(f"need one target class, or one for each of {samples} samples; got shape {tuple(weights.shape)}")
+    if not 0 <= weights.min() <= weights.max() < classes:
+        raise ValueError(f"target classes must lie in 0..{classes - 1}, got {weights.tolist()}")
+    return answer.gather(1, weights.long().expand(samples)[:, None])[:, 0]
+
+
+def check_target(target: Any) -> None:
+    """What can be said of a target before the model runs."""
+    if isinstance(target, str):
+        raise ValueError(f"the target is a word, {target!r}: give the number of the class or of the token")
+    if callable(target) or target is None:
+        return
+    if isinstance(target, bool) or isinstance(target, Tensor) and target.dtype == torch.bool:
+        raise ValueError("the target is boolean: give the class's number, or weights as floating-point numbers")
+    try:
+        number = torch.as_tensor(target)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(
+            f"the target is a {type(target).__name__}: give a class (an int, or one for each sample), weights of classes, "
+            "or a function of the model's answer"
+        ) from error
+    if number.is_complex() or number.numel() == 0:
+        raise ValueError(f"the target holds no class: it is {target!r}")
