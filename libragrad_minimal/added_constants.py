@@ -25,13 +25,20 @@ from .streams import removed, topological
 VIEWS = ("View", "UnsafeView", "ReshapeAlias")
 
 
+class Entrance(NamedTuple):
+    """Where a constant enters the stream."""
+
+    node: Node
+    shape: tuple[int, ...]  # of what the node computes, the rows of a matrix as tokens
+    layer: int  # the block that was running; L after the last
+
+
 @dataclass(frozen=True, eq=False)
 class Constant:
-    """One added constant: the leaf, the nodes of the stream that it enters, the block that was running."""
+    """One added constant: the leaf, and where it enters, more than once if blocks share it."""
 
     tensor: Tensor
-    nodes: tuple[tuple[Node, tuple[int, ...]], ...]  # with the shape of what the node computes, rows unflattened
-    layer: int  # L after the last block
+    entrances: tuple[Entrance, ...]
 
 
 class ConstantShare(NamedTuple):
@@ -56,9 +63,8 @@ def constants_of(output: Tensor, starts: Sequence[Tensor], stream: Sequence[Tens
     found = []
     for tensor in additive_constants(output, starts):
         nodes = [] if isinstance(tensor, Half) else entered(get_gradient_edge(tensor).node, users, live)
-        places = tuple((node, unflattened(node, users)) for node in nodes)
-        layer = max((layers.get(node, len(stream) - 1) for node in nodes), default=len(stream) - 1)
-        found.append(Constant(tensor, places, layer))
+        places = (Entrance(node, unflattened(node, users), layers.get(node, len(stream) - 1)) for node in nodes)
+        found.append(Constant(tensor, tuple(places)))
     return found
 
 
@@ -101,31 +107,44 @@ def layers_of(stream: Sequence[Tensor]) -> dict[Node, int]:
 # ---- shares ----------------------------------------------------------------------------------------------------------
 
 
+Way = dict[int, Tensor]  # layer -> (B, N_layer), or (B,) where the tokens can't be told
+
+
 @dataclass
 class Shares:
     """What is caught during one backward pass."""
 
     axes: Sequence[Axes]
     stream: Sequence[Tensor]
-    caught: dict[Constant, list[list[Tensor]]] = field(default_factory=dict)  # ways to lie -> (B, N), or (B,) at least
+    tokens_first: set[Node]  # the nodes whose results are (N, B, C), where N = B leaves that open
+    caught: dict[Constant, list[Way | None]] = field(default_factory=dict)  # for each way in which it can lie
     settled: list[ConstantShare] = field(default_factory=list)
-    unclear: list[int] = field(default_factory=list)  # numbers of settled shares whose samples are not known apart
+    unclear: dict[int, Constant] = field(default_factory=dict)  # number of its share, where samples aren't told apart
 
     @property
     def samples(self) -> int:
         return self.stream[0].shape[self.axes[0].batch]
 
-    def catch(self, constant: Constant, shape: tuple[int, ...], arriving: Tensor) -> None:
-        gradient = precise(arriving).reshape(shape)
-        axes, like = self.axes[constant.layer], self.stream[constant.layer]
-        ways = [self.by_token(product, axes, like) for product in products(precise(constant.tensor.detach()), gradient)]
-        before = self.caught.get(constant)
-        self.caught[constant] = ways if before is None else [add(a, b) for a, b in zip(before, ways, strict=False)]
+    def catch(self, constant: Constant, place: Entrance, arriving: Tensor) -> None:
+        gradient = precise(arriving).reshape(place.shape)
+        found = [self.by_token(p, place) for p in products(precise(constant.tensor.detach()), gradient)]
+        ways = self.caught.setdefault(constant, [{} for _ in found])
+        for i, (way, share) in enumerate(zip(ways, found, strict=False)):
+            if share is None or way is None:
+                ways[i] = None
+            elif place.layer in way:
+                way[place.layer] = add(way[place.layer], share)
+            else:
+                way[place.layer] = share
 
-    def by_token(self, product: Tensor, axes: Axes, like: Tensor) -> Tensor | None:
+    def by_token(self, product: Tensor, place: Entrance) -> Tensor | None:
         """(B, N) where the product's dimensions are those of the layer's tokens, else (B,)."""
+        axes, like = self.axes[place.layer], self.stream[place.layer]
         sizes, samples = axes.sizes(like), self.samples
-        for dims in (axes, Axes(0, (1, 2)), Axes(0, (2, 3)), Axes(0, (1,)), Axes(1, (0,))):
+        options = [axes, Axes(0, (1, 2)), Axes(0, (2, 3)), Axes(0, (1,)), Axes(1, (0,))]
+        if place.node in self.tokens_first:
+            options = options[::-1]
+        for dims in options:
             if max(dims.batch, *dims.tokens) < product.dim() and product.shape[dims.batch] == samples:
                 if dims.sizes(product) in (sizes, (math.prod(sizes),)) and product.dim() <= max(like.dim(), 3):
                     arranged = dims.arrange(product)
@@ -136,26 +155,35 @@ class Shares:
 
     def settle(self, constant: Constant, gradient: Tensor | None) -> None:
         """The way to lie whose shares add up to the constant's attribution as a whole."""
-        like = self.stream[0]
-        whole = torch.zeros((), device=like.device, dtype=precise(like).dtype)
-        if gradient is not None:
-            whole = (precise(constant.tensor.detach()) * precise(gradient)).sum()
+        if gradient is None:
+            return
+        whole = (precise(constant.tensor.detach()) * precise(gradient)).sum()
         for way in self.caught.pop(constant, []):
-            if way is not None and torch.isclose(way.sum(), whole, rtol=1e-3, atol=1e-5 * float(way.abs().sum())):
-                total = way if way.dim() == 1 else way.sum(1)
-                self.settled.append(ConstantShare(constant.layer, way if way.dim() == 2 else None, total))
+            if way and torch.isclose(sum(share.sum() for share in way.values()), whole, 1e-3, 1e-6 * extent(way)):
+                for layer, share in way.items():
+                    placed, total = (share, share.sum(1)) if share.dim() == 2 else (None, share)
+                    self.settled.append(ConstantShare(layer, placed, total))
                 return
         if self.samples > 1 and whole != 0:
-            self.unclear.append(len(self.settled))
-        self.settled.append(ConstantShare(constant.layer, None, whole.expand(self.samples) / self.samples))
+            self.unclear[len(self.settled)] = constant
+        layer = max((place.layer for place in constant.entrances), default=len(self.stream) - 1)
+        self.settled.append(ConstantShare(layer, None, whole.expand(self.samples) / self.samples))
+
+    def clear_up(self, totals: Sequence[Tensor]) -> None:
+        """Put each sample's own in the place of unclear shares: totals has one (B,) for each of them."""
+        for number, total in zip(self.unclear, totals, strict=True):
+            self.settled[number] = self.settled[number]._replace(total=total)
+        self.unclear.clear()
 
 
-def add(a: Tensor | None, b: Tensor | None) -> Tensor | None:
-    if a is None or b is None:
-        return None
-    if a.dim() != b.dim():
-        a, b = (x if x.dim() == 1 else x.sum(1) for x in (a, b))
-    return a + b if a.shape == b.shape else a.sum(1) + b.sum(1) if a.dim() == 2 else None
+def extent(way: Way) -> float:
+    return float(sum(share.abs().sum() for share in way.values()))
+
+
+def add(a: Tensor, b: Tensor) -> Tensor:
+    if a.dim() == b.dim():
+        return a + b
+    return sum(share if share.dim() == 1 else share.sum(1) for share in (a, b))
 
 
 def products(value: Tensor, gradient: Tensor) -> list[Tensor]:
@@ -173,19 +201,38 @@ def products(value: Tensor, gradient: Tensor) -> list[Tensor]:
 
 
 @contextlib.contextmanager
-def catch_shares(constants: Sequence[Constant], axes: Sequence[Axes], stream: Sequence[Tensor]) -> Iterator[Shares]:
+def catch_shares(
+    constants: Sequence[Constant], axes: Sequence[Axes], stream: Sequence[Tensor], tokens_first: set[Node]
+) -> Iterator[Shares]:
     """Inside, a backward pass notes what arrives where constants are added."""
-    shares = Shares(axes, stream)
+    shares = Shares(axes, stream, tokens_first)
 
-    def catch(constant: Constant, shape: tuple[int, ...]):
+    def catch(constant: Constant, place: Entrance):
         def hook(arriving):
             if arriving[0] is not None:
-                shares.catch(constant, shape, arriving[0])
+                shares.catch(constant, place, arriving[0])
 
         return hook
 
-    with removed([node.register_prehook(catch(one, shape)) for one in constants for node, shape in one.nodes]):
+    with removed([place.node.register_prehook(catch(one, place)) for one in constants for place in one.entrances]):
         yield shares
+
+
+@contextlib.contextmanager
+def catch_tokens_first(constants: Sequence[Constant]) -> Iterator[set[Node]]:
+    """Inside, a backward pass from the first sample's output alone notes the nodes whose first dimension isn't the
+    samples', as more than its first entry gets gradient."""
+    found: set[Node] = set()
+
+    def catch(place: Entrance):
+        def hook(arriving):
+            if arriving[0] is not None and arriving[0].reshape(place.shape)[1:].any():
+                found.add(place.node)
+
+        return hook
+
+    with removed([place.node.register_prehook(catch(place)) for one in constants for place in one.entrances]):
+        yield found
 
 
 def precise(tensor: Tensor) -> Tensor:

@@ -21,13 +21,12 @@ from tqdm import tqdm
 
 from .added_constants import ConstantShare
 from .engine import LIBRA, Rules
-from .families import Inputs, check_inputs, name_of
+from .families import Inputs, check_inputs, explains_picture_for_texts
 from .layout import coarsening
 from .readout import check_target
 from .recording import (
     BETWEEN,
     CONSTANTS,
-    GRAPH,
     LAYERS,
     MAP_GRADIENTS,
     MAPS,
@@ -125,7 +124,8 @@ def attribute_many(
         check_method(name, options)
     check_inputs(model, inputs)
     check_target(target)
-    request = Request(model, Inputs(inputs), target, rules, blocks, readout, everything_read(methods))
+    asked = Inputs(inputs, about_picture=explains_picture_for_texts(model))
+    request = Request(model, asked, target, rules, blocks, readout, everything_read(methods))
     run = record(request)
     return {name: attribution(run, name, options) for name, options in methods.items()}
 
@@ -200,25 +200,32 @@ def tokens_and_gradients(run: Recording, layer: int) -> tuple[Tensor, Tensor]:
     return (h * run.valid[..., None], g) if run.valid.shape == h.shape[:2] else (h, g)
 
 
+def coarser(run: Recording, layer: int) -> int | None:
+    """The k for which k x k cells of the picture are one token of this layer; None if no relation is known."""
+    if run.tokens[layer].shape[:2] == run.valid.shape:
+        return 1
+    grid, place = run.layout.grid, run.layout.place
+    known = grid is not None and place is not None and place.dim() == 1
+    return coarsening(grid, run.axes[layer].sizes(run.stream[layer])) if known else None
+
+
 def spread(scores: Tensor, run: Recording, layer: int) -> Tensor:
     """Scores of one layer's tokens (B, N_layer) on the tokens of the first, (B, N): a coarse one shares evenly."""
     if scores.shape == run.valid.shape:
         return scores
-    grid, here = run.layout.grid, run.axes[layer].sizes(run.stream[layer])
-    place = run.layout.place
-    k = None if grid is None or place is None else coarsening(grid, here)
-    if k is None or place.dim() > 1:
+    k = coarser(run, layer)
+    if k is None:
+        here, first = (" x ".join(map(str, run.axes[i].sizes(run.stream[i]))) for i in (layer, 0))
         raise ValueError(
-            f"block {layer} works on {' x '.join(map(str, here))} tokens, the first block on "
-            f"{' x '.join(map(str, run.axes[0].sizes(run.stream[0])))}: no known relation between them; use IxG or "
-            "FullGrad, which read the first block's, or name the blocks of one stage, blocks=[...]"
+            f"block {layer} works on {here} tokens, the first block on {first}: no known relation between them; use IxG "
+            "or FullGrad, which read the first block's, or name the blocks of one stage, blocks=[...]"
         )
     cell = torch.zeros((), dtype=torch.long)
-    for length in grid:  # the number of the coarse cell that each fine one lies in, row by row
+    for length in run.layout.grid:  # the number of the coarse cell that each fine one lies in, row by row
         cell = cell[..., None] * -(-length // k) + torch.arange(length) // k
     cell = cell.flatten().to(scores.device)
     fine = scores[:, cell] / cell.bincount()[cell]
-    return scores.new_zeros(run.valid.shape).index_copy(1, place.to(scores.device), fine)
+    return scores.new_zeros(run.valid.shape).index_copy(1, run.layout.place.to(scores.device), fine)
 
 
 def input_times_gradient(run: Recording, layer: int) -> Tensor:
@@ -261,7 +268,7 @@ def fullgrad(run: Recording, layer: int = 0) -> Scores:
     for share in run.gradients.constants:
         if share.layer >= layer:
             total = total + share.total
-            if share.placed is not None:
+            if share.placed is not None and coarser(run, share.layer) is not None:
                 scores = scores + spread(share.placed, run, share.layer)
     if run.second is not None:
         total = total + second_scores(run).sum(1)
@@ -277,7 +284,7 @@ def fullgrad_plus(run: Recording) -> Scores:
     """
     layers = range(len(run.stream) - 1)
     if run.is_text:
-        every = [fullgrad(run, layer) for layer in layers if run.whole[layer]]
+        every = [fullgrad(run, layer) for layer in layers if run.whole[layer] and coarser(run, layer) is not None]
         return tuple(torch.stack(part).mean(0) for part in zip(*every, strict=True))  # type: ignore[return-value]
     first, total = fullgrad(run)
     return first + sum(input_times_gradient(run, layer) for layer in layers[1:]), total
@@ -432,7 +439,8 @@ def legrad(run: Recording) -> Scores:
     All blocks' outputs go through the head at once, in one more forward pass in which every block begins a graph of its
     own: one backward pass then stops at each block's own map.
     """
-    apart = run.rerun(apart=len(run.left))
+    blocks = len(run.attention)  # a model without maps, or with windows, is refused here
+    apart = run.rerun(apart=blocks)
     return sum(received(run, gradient.relu()) for gradient in apart.gradients.attention)
 
 

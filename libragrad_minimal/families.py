@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -38,6 +38,7 @@ class Inputs:
     """One tensor, or keyword arguments, as the user passed them."""
 
     given: Tensor | Mapping[str, Any]
+    about_picture: bool = False  # the explained tokens are a picture's, and a text is there beside them
 
     @property
     def tensors(self) -> dict[str, Tensor]:
@@ -47,13 +48,23 @@ class Inputs:
 
     @property
     def text(self) -> Tensor | None:
-        """Token ids (B, T) or their embeddings (B, T, C); None where there is no text."""
+        """Token ids (B, T) or their embeddings (B, T, C) that the explained tokens show; None where there are none."""
+        return None if self.about_picture else self.words
+
+    @property
+    def words(self) -> Tensor | None:
+        """The text that the model is given, explained or not."""
         named = self.tensors
         for name in (TOKEN_IDS, EMBEDDINGS):
             if name in named:
                 return named[name]
-        one = named.get("")
-        return one if one is not None and not one.is_floating_point() and not one.is_complex() else None
+        others = [tensor for name, tensor in named.items() if name in ("", "inputs")]
+        return next((tensor for tensor in others if not tensor.is_floating_point()), None)
+
+    @property
+    def answered(self) -> Tensor | None:
+        """The text whose positions are the rows of a generating model's answer: a decoder's own, where it has one."""
+        return self.tensors.get("decoder_input_ids", self.tensors.get("decoder_inputs_embeds", self.words))
 
     @property
     def picture(self) -> str | None:
@@ -69,6 +80,8 @@ class Inputs:
         """The tensor that tells how many samples there are."""
         if self.text is not None:
             return self.text
+        if self.picture is not None:
+            return self.tensors[self.picture]
         return next((tensor for tensor in self.tensors.values() if tensor.is_floating_point()), torch.empty(0))
 
     @property
@@ -79,10 +92,16 @@ class Inputs:
     def mask(self) -> Tensor | None:
         """(B, T), 0 at padding."""
         mask = self.tensors.get("attention_mask")
+        return mask if mask is not None and mask.dim() == 2 and not self.about_picture else None
+
+    @property
+    def answered_mask(self) -> Tensor | None:
+        name = "decoder_attention_mask" if self.answered is not self.words else "attention_mask"
+        mask = self.tensors.get(name)
         return mask if mask is not None and mask.dim() == 2 else None
 
     def replaced(self, name: str, tensor: Tensor) -> Inputs:
-        return Inputs(tensor) if name == "" else Inputs({**self.given, name: tensor})
+        return replace(self, given=tensor if name == "" else {**self.given, name: tensor})
 
     def shapes(self) -> tuple:
         return tuple((name, tuple(tensor.shape)) for name, tensor in sorted(self.tensors.items()))
@@ -107,9 +126,9 @@ def pairs_pictures_and_texts(model: nn.Module) -> bool:
 
 def call(model: nn.Module, inputs: Inputs, rows: Tensor | None = None) -> Any:
     """The model's answer: its logits, else all that it returns. rows: the positions whose logits are wanted."""
-    model_itself, given = plain(model), inputs.given
+    given = inputs.given
     if pairs_pictures_and_texts(model) and isinstance(given, Tensor):
-        encode = model_itself.encode_image if inputs.text is None else model_itself.encode_text
+        encode = plain(model).encode_image if inputs.text is None else plain(model).encode_text
         return encode(given, normalize=True)
     settings: dict[str, Any] = {}
     if generates(model) and accepts(model, "use_cache"):
@@ -143,15 +162,20 @@ def embedding_of(answer: Any) -> Tensor | None:
 # ---- where the tokens are --------------------------------------------------------------------------------------------
 
 
+def explains_picture_for_texts(model: nn.Module) -> bool:
+    """CLIP and its kind in transformers: both towers run, and the picture's is explained, for the given texts."""
+    return all(hasattr(plain(model), name) for name in ("get_image_features", "vision_model", "text_model"))
+
+
 def searched(model: nn.Module, inputs: Inputs) -> nn.Module:
     """The part of the model whose tokens are explained: of a pair of towers the one for pictures, else all of it."""
     model = plain(model)
+    if explains_picture_for_texts(model):
+        return model.vision_model
     if pairs_pictures_and_texts(model):
         if inputs.text is None:
             return model.visual
-        return next((part for part in (getattr(model, "text", None), getattr(model, "transformer", None)) if part is not None), model)
-    if hasattr(model, "get_image_features") and hasattr(model, "vision_model") and hasattr(model, "text_model"):
-        return model.vision_model  # CLIP and its kind in transformers: the picture, for given texts
+        return getattr(model, "text", None) or getattr(model, "transformer", None) or model
     return model
 
 

@@ -9,6 +9,7 @@ patches that isn't row by row is read off.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -153,9 +154,8 @@ def sequence_layout(inputs: Inputs, tokens: Tensor) -> Layout:
 
 def text_layout(inputs: Inputs, tokens: Tensor, ask: Callable[[Inputs], Tensor]) -> Layout:
     samples, length = inputs.text.shape[:2]
-    fitting = [
-        axes for axes in (Axes(0, (1,)), Axes(1, (0,))) if (tokens.shape[axes.batch], *axes.sizes(tokens)) == (samples, length)
-    ]
+    pairs = itertools.permutations(range(tokens.dim() - 1), 2)
+    fitting = [Axes(batch, (dim,)) for batch, dim in pairs if (tokens.shape[batch], tokens.shape[dim]) == (samples, length)]
     if len(fitting) == 1:
         return Layout(fitting[0])
     if samples == 1 and length == 1:
@@ -163,7 +163,8 @@ def text_layout(inputs: Inputs, tokens: Tensor, ask: Callable[[Inputs], Tensor])
     for axes in fitting or [axes for axes in (Axes(0, (1,)), Axes(1, (0,))) if tokens.shape[axes.batch] == samples]:
         place = spelled_positions(inputs, axes, length, ask)
         if place is not None:
-            return Layout(axes, place)
+            same = fitting and torch.equal(place, torch.arange(length, device=place.device))
+            return Layout(axes) if same else Layout(axes, place)
     raise ValueError(
         f"the first block works on {tuple(tokens.shape)} for a text of {samples} x {length} tokens, and changing single "
         "tokens of the text doesn't tell which is which; name the blocks that work on the text, blocks=[...]"
@@ -271,10 +272,11 @@ def picture_layout(model: nn.Module, inputs: Inputs, tokens: Tensor, ask: Callab
             continue
         where = moved.nonzero()[:, 1].view(len(moved), -1)
         guesses += [(axes, where, grid) for grid in possible_grids(model, axes.sizes(tokens), where.shape[1], extent)]
-    for axes, where, grid in guesses:  # cells row by row
-        enough = min(sure, SURE_OF_SPACE) if grid.cells == axes.sizes(tokens) else sure
-        if spells(grid, extent, where, partial(felt, axes), enough):
-            return Layout(axes, where[0] if (where == where[0]).all() else where, grid.cells)
+    for draws in (1, DRAWS):  # cells row by row
+        for axes, where, grid in guesses:
+            enough = min(sure, SURE_OF_SPACE) if grid.cells == axes.sizes(tokens) else sure if draws == 1 else sure - 0.15
+            if spells(grid, extent, where, partial(felt, axes, draws=draws), enough):
+                return Layout(axes, where[0] if (where == where[0]).all() else where, grid.cells)
     exact = [guess for guess in guesses if guess[2].is_exact(extent) and guess[2].cells != guess[0].sizes(tokens)]
     for axes, where, grid in exact[:6]:  # any other order
         codes = spelled_numbers(grid, extent, where, partial(felt, axes, draws=DRAWS))
@@ -362,13 +364,14 @@ def with_picture(model: nn.Module, inputs: Inputs, layout: Layout, tokens: Tenso
 
 
 def asked_picture(model: nn.Module, inputs: Inputs, layout: Layout, tokens: Tensor, ask: Callable) -> tuple[Tensor, tuple]:
-    if inputs.tensors[inputs.picture].dim() != 4 or len(inputs.tensors[inputs.picture]) != inputs.samples:
-        raise ValueError(f"it comes in several parts, {tuple(inputs.tensors[inputs.picture].shape)}")
+    pixels = inputs.tensors[inputs.picture]
+    if len(pixels) != inputs.samples or pixels.dim() == 5 and pixels.shape[1] > 1:
+        raise ValueError(f"it comes in several parts, {tuple(pixels.shape)}")
     found = picture_layout(model, inputs, layout.axes.arrange(tokens), lambda i: layout.axes.arrange(ask(i)), SURE_IF_MIXED)
     place = found.place.expand(inputs.samples, -1) if found.place.dim() == 1 else found.place
     if layout.place is not None:
         place = torch.searchsorted(layout.place, place)
-    return place, found.grid
+    return place, found.grid[-2:]
 
 
 def merged_patches(model: nn.Module, inputs: Inputs) -> tuple[Tensor, tuple[int, ...]]:

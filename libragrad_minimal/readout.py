@@ -20,7 +20,7 @@ CHOICES = (
 
 def last_rows(inputs: Inputs) -> Tensor:
     """(B,) the position of each text's last token that isn't padding."""
-    text, mask = inputs.text, inputs.mask
+    text, mask = inputs.answered, inputs.answered_mask
     if mask is None or mask.shape != text.shape[:2]:
         return torch.full((len(text),), text.shape[1] - 1, device=text.device)
     return mask.shape[1] - 1 - mask.flip(1).bool().int().argmax(1)
@@ -28,7 +28,7 @@ def last_rows(inputs: Inputs) -> Tensor:
 
 def chosen_rows(model: nn.Module, inputs: Inputs, target: Any, readout: Any) -> Tensor | None:
     """(B,) the rows of an answer to a text that are read, as far as the request tells; None if it doesn't."""
-    if inputs.text is None:
+    if inputs.answered is None:
         return None
     if isinstance(readout, str) and readout == "last":
         return last_rows(inputs)
@@ -37,8 +37,8 @@ def chosen_rows(model: nn.Module, inputs: Inputs, target: Any, readout: Any) -> 
     rows = torch.as_tensor(readout)
     if rows.is_floating_point() or rows.dtype == torch.bool or rows.dim() > 1:
         return None
-    length = inputs.text.shape[1]
-    rows = rows.to(inputs.text.device).expand(inputs.samples)
+    length = inputs.answered.shape[1]
+    rows = rows.to(inputs.answered.device).expand(inputs.samples)
     if rows.min() < -length or rows.max() >= length:
         raise ValueError(f"readout names row {readout}, and the text has {length} tokens")
     return rows % length
@@ -139,6 +139,8 @@ def checked_output(output: Any, samples: int) -> Tensor:
 
 def chosen_class(answer: Tensor, target: Any) -> Tensor:
     samples, classes = answer.shape
+    if target is None:
+        raise ValueError(f"there is no target: give one of {classes} classes, weights for them, or a function of the answer")
     weights = torch.as_tensor(target, device=answer.device)
     if weights.is_floating_point():
         if weights.shape not in ((classes,), (samples, classes)):

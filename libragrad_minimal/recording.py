@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import Node, get_gradient_edge
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from .added_constants import Constant, ConstantShare, catch_shares, constants_of
+from .added_constants import Constant, ConstantShare, catch_shares, catch_tokens_first, constants_of
 from .engine import LIBRA, Rules, libra_grad, observed
 from .engine.nodes import OPERANDS, noted, operation_name
 from .families import Inputs, attention_heads, call, name_of
@@ -119,6 +119,7 @@ class Recording:
     left: list[Tensor]  # L, as each block returned them
     entered: list[Tensor]  # L, as each block was given them, if the recording is to tell what is added to them
     rerun: Callable[..., Recording]  # rerun(start=...), rerun(apart=...): as in `record`
+    again: Callable[[], Recording]  # the same once more
     path_gradients: dict[int, Gradients] = field(default_factory=dict)  # steps -> mean along the path of IG
 
     @property
@@ -210,7 +211,11 @@ class Recording:
             _ = self.reading  # needs the graph, too
         wanted = self.stream if LAYERS in reads else self.stream[:1]
         seconds = [self.second] if self.second is not None else []
-        with caught_map_gradients(maps) as attention, catch_shares(constants, self.axes, self.stream) as shares:
+        tokens_first = self.tokens_first(constants)
+        with (
+            caught_map_gradients(maps) as attention,
+            catch_shares(constants, self.axes, self.stream, tokens_first) as shares,
+        ):
             found = libra_grad(
                 self.output.sum(),
                 [*wanted, *seconds, *(constant.tensor for constant in constants)],
@@ -224,8 +229,29 @@ class Recording:
         ]
         for constant, gradient in zip(constants, found[len(wanted) + len(seconds) :], strict=True):
             shares.settle(constant, gradient)
+        if shares.unclear:
+            shares.clear_up(self.again().totals_by_sample([constants.index(c) for c in shares.unclear.values()]))
         second = precise(found[len(wanted)]) if seconds else None
         return Gradients(tokens, shares.settled, [self.per_head(attention[i]) for i in range(len(maps))], second)
+
+    def tokens_first(self, constants: list[Constant]) -> set[Node]:
+        """Where constants are added to tokens in the order (N, B, C), asked only if N = B, as sizes tell it else."""
+        samples = len(self.output)
+        if samples == 1 or all(self.axes[i].sizes(h) != (samples,) for i, h in enumerate(self.stream)):
+            return set()
+        with catch_tokens_first(constants) as found:
+            libra_grad(self.output[0], self.stream[:1], self.rules, retain_graph=True, allow_unused=True)
+        return found
+
+    def totals_by_sample(self, numbers: list[int]) -> list[Tensor]:
+        """(B,) for each of these constants: what it contributes to each sample, one backward pass a sample."""
+        tensors = [self.constants[number].tensor for number in numbers]
+        parts = []
+        for one in self.output:
+            found = libra_grad(one, tensors, self.rules, retain_graph=True, allow_unused=True)
+            shares = (0 * t.sum() if g is None else (t * g).sum() for t, g in zip(tensors, found, strict=True))
+            parts.append(torch.stack([precise(share.detach()) for share in shares]))
+        return list(torch.stack(parts, dim=1))
 
     @cached_property
     def reading(self) -> Tensor:
@@ -357,6 +383,8 @@ class Passed:
     def finished(self, output: Tensor) -> Recording:
         request, inputs = self.request, self.request.inputs
         self.check(output)
+        if self.streams.of_picture and inputs.words is not None:
+            inputs = replace(inputs, about_picture=True)
         layout = layout_of(request.model, inputs, self.streams.blocks, self.stream[0])
         stream = [*self.stream, self.left[-1]]
         axes = [layer_axes(layout.axes, stream[0], h, layout.grid) for h in stream]
@@ -373,6 +401,7 @@ class Passed:
             left=self.left,
             entered=self.entered,
             rerun=partial(record, request),
+            again=partial(record, request, self.start, self.apart),
         )
 
     def check(self, output: Tensor) -> None:

@@ -31,6 +31,7 @@ class Streams:
     blocks: tuple[nn.Module, ...]
     second: tuple[nn.Module, ...] = ()
     checked: bool = False  # did a forward pass show that the answer passes through them?
+    of_picture: bool = False  # is it the pixels alone that come in through them, though there is a text as well?
 
 
 _found: WeakKeyDictionary[nn.Module, dict[tuple, Streams]] = WeakKeyDictionary()
@@ -138,33 +139,40 @@ def streams_in_graph(model: nn.Module, inputs: Inputs, lists: dict[str, list[nn.
             f"tokens in several tensors): name the blocks, blocks=...; {candidates(model)}"
         )
     votes = Counter(name for names in served.values() for name in names)
-    most = {name for name, count in votes.items() if count == max(votes.values())}
-    first = largest(most, lists)
+    first = largest({name for name, count in votes.items() if count == max(votes.values())}, lists)
     chosen = [first]
-    left = [names - {first} for names in served.values() if first not in names]
+    left = [names for names in served.values() if first not in names]
     if left:
         chosen.append(largest(set.intersection(*left) or set.union(*left), lists))
-    order = [call.name for call in calls]
-    chosen.sort(key=order.index)
+    chosen.sort(key=[call.name for call in calls].index)
     ran = {call.block for call in calls}
-    streams = [tuple(block for block in lists[name] if block in ran) for name in chosen]
-    return Streams(streams[0], streams[1] if len(streams) > 1 else (), checked=True)
+    blocks, *second = (tuple(block for block in lists[name] if block in ran) for name in chosen)
+    through = [roots[root] for root, names in served.items() if chosen[0] in names]
+    return Streams(blocks, *second, checked=True, of_picture=inputs.picture is not None and set(through) == {inputs.picture})
 
 
-def look_round(model: nn.Module, inputs: Inputs, lists: dict[str, list[nn.Module]]) -> tuple[Any, list[Node], list[Call]]:
+Roots = dict[Node, str]  # what the model is given, by the name of the argument; ids are embedded first: EMBEDDED
+EMBEDDED = "embedded"
+
+
+def look_round(model: nn.Module, inputs: Inputs, lists: dict[str, list[nn.Module]]) -> tuple[Any, Roots, list[Call]]:
     """One forward pass whose graph begins at everything the model is given: floating-point tensors and embedded ids."""
-    roots: list[Tensor] = []
+    roots: Roots = {}
     calls: list[Call] = []
+
+    def root(tensor: Tensor, name: str) -> Tensor:
+        leaf = tensor.detach().requires_grad_()
+        roots[get_gradient_edge(leaf).node] = name
+        return leaf.clone()  # the model may change it in place
+
     for name, tensor in inputs.tensors.items():
-        if tensor.is_floating_point() and tensor.dim() > 2:
-            roots.append(tensor.detach().clone().requires_grad_())
-            inputs = inputs.replaced(name, roots[-1])
+        if tensor.is_floating_point() and tensor.dim() > 1 and "mask" not in name:
+            inputs = inputs.replaced(name, root(tensor, name))
     ids = {tuple(tensor.shape) for tensor in inputs.tensors.values() if not tensor.is_floating_point()}
 
     def embed(module, args, result):
-        if args and tuple(args[0].shape) in ids:
-            roots.append(result.detach().requires_grad_())
-            return roots[-1]
+        if args and isinstance(args[0], Tensor) and tuple(args[0].shape) in ids:
+            return root(result, EMBEDDED)
 
     def enter(name):
         def hook(block, args, kwargs):
@@ -181,7 +189,7 @@ def look_round(model: nn.Module, inputs: Inputs, lists: dict[str, list[nn.Module
     ]
     with removed(hooks), torch.enable_grad():
         answer = call(model, inputs)
-    return answer, [get_gradient_edge(root).node for root in roots], calls
+    return answer, roots, calls
 
 
 @contextmanager
@@ -201,17 +209,17 @@ def tensors_in(answer: Any) -> list[Tensor]:
 
 
 def lists_between(ends: list[Node], root: Node, calls: list[Call]) -> set[str]:
-    """The lists whose every run was given a separator of `root` and the answer, a new one each time. Of lists within
-    lists the inner one, where it is part of every member of the outer."""
-    between = separators(ends, root)
+    """The lists whose first run was given a separator of `root` and the answer, and every later one something else that
+    depends on it. Of lists within lists the inner one, where it is part of every member of the outer."""
+    between, reached = separators(ends, root), dependents(ends, root)
     by_list: dict[str, list[Call]] = {}
     for one in calls:
         by_list.setdefault(one.name, []).append(one)
-    passed = {
-        name: several
-        for name, several in by_list.items()
-        if all(one.entered in between for one in several) and len({one.entered for one in several}) == len(several)
-    }
+    passed = {}
+    for name, several in by_list.items():
+        entered = [one.entered for one in several]
+        if entered[0] in between and all(node in reached for node in entered) and len(set(entered)) == len(entered):
+            passed[name] = several
     for outer in list(passed):
         for inner in list(passed):
             if outer in passed and inner in passed and is_within(passed[inner], passed[outer]):
