@@ -119,7 +119,8 @@ class Shares:
     tokens_first: set[Node]  # the nodes whose results are (N, B, C), where N = B leaves that open
     caught: dict[Constant, list[Way | None]] = field(default_factory=dict)  # for each way in which it can lie
     settled: list[ConstantShare] = field(default_factory=list)
-    unclear: dict[int, Constant] = field(default_factory=dict)  # number of its share, where samples aren't told apart
+    assumed: dict[int, Constant] = field(default_factory=dict)  # numbers of shares that take samples to come first
+    unclear: dict[int, Constant] = field(default_factory=dict)  # those whose samples aren't told apart
 
     @property
     def samples(self) -> int:
@@ -137,20 +138,29 @@ class Shares:
             else:
                 way[place.layer] = share
 
-    def by_token(self, product: Tensor, place: Entrance) -> Tensor | None:
-        """(B, N) where the product's dimensions are those of the layer's tokens, else (B,)."""
-        axes, like = self.axes[place.layer], self.stream[place.layer]
-        sizes, samples = axes.sizes(like), self.samples
+    def needs_check(self, constants: Sequence[Constant]) -> bool:
+        places = (place for constant in constants for place in constant.entrances)
+        return self.samples > 1 and any(self.dimensions(place) is None for place in places)
+
+    def dimensions(self, place: Entrance) -> Axes | None:
+        """Where samples and tokens are in what is computed there; None if its shape doesn't tell."""
+        like, axes = self.stream[place.layer], self.axes[place.layer]
+        sizes, shape = axes.sizes(like), place.shape
         options = [axes, Axes(0, (1, 2)), Axes(0, (2, 3)), Axes(0, (1,)), Axes(1, (0,))]
-        if place.node in self.tokens_first:
-            options = options[::-1]
-        for dims in options:
-            if max(dims.batch, *dims.tokens) < product.dim() and product.shape[dims.batch] == samples:
-                if dims.sizes(product) in (sizes, (math.prod(sizes),)) and product.dim() <= max(like.dim(), 3):
-                    arranged = dims.arrange(product)
-                    return arranged.sum(-1) if arranged.dim() == 3 else arranged
-        if product.dim() and product.shape[0] % samples == 0:
-            return product.reshape(samples, -1).sum(1)
+        for dims in options[::-1] if place.node in self.tokens_first else options:
+            if max(dims.batch, *dims.tokens) < len(shape) <= max(like.dim(), 3) and shape[dims.batch] == self.samples:
+                if tuple(shape[dim] for dim in dims.tokens) in (sizes, (math.prod(sizes),)):
+                    return dims
+        return None
+
+    def by_token(self, product: Tensor, place: Entrance) -> Tensor | None:
+        """(B, N) where the product's dimensions are those of the layer's tokens, else (B,), as if samples came first."""
+        dims = self.dimensions(place)
+        if dims is not None:
+            arranged = dims.arrange(product)
+            return arranged.sum(-1) if arranged.dim() == 3 else arranged
+        if product.dim() and product.shape[0] % self.samples == 0:
+            return product.reshape(self.samples, -1).sum(1)
         return None
 
     def settle(self, constant: Constant, gradient: Tensor | None) -> None:
@@ -161,6 +171,8 @@ class Shares:
         for way in self.caught.pop(constant, []):
             if way and torch.isclose(sum(share.sum() for share in way.values()), whole, 1e-3, 1e-6 * extent(way)):
                 for layer, share in way.items():
+                    if share.dim() == 1 and self.samples > 1:
+                        self.assumed[len(self.settled)] = constant
                     placed, total = (share, share.sum(1)) if share.dim() == 2 else (None, share)
                     self.settled.append(ConstantShare(layer, placed, total))
                 return
@@ -169,11 +181,22 @@ class Shares:
         layer = max((place.layer for place in constant.entrances), default=len(self.stream) - 1)
         self.settled.append(ConstantShare(layer, None, whole.expand(self.samples) / self.samples))
 
-    def clear_up(self, totals: Sequence[Tensor]) -> None:
-        """Put each sample's own in the place of unclear shares: totals has one (B,) for each of them."""
-        for number, total in zip(self.unclear, totals, strict=True):
-            self.settled[number] = self.settled[number]._replace(total=total)
-        self.unclear.clear()
+    def check_assumed(self, of_first_sample: dict[Constant, Tensor]) -> None:
+        """A sort by experts, for one, mixes the samples: shares that differ from the first sample's own are unclear."""
+        for constant in dict.fromkeys(self.assumed.values()):
+            own = of_first_sample[constant]
+            numbers = [number for number, other in self.assumed.items() if other is constant]
+            taken = sum(self.settled[number].total for number in numbers)
+            if not torch.isclose(taken[0], own, rtol=1e-3, atol=1e-5 * float(taken.abs().sum())):
+                layer = self.settled[numbers[-1]].layer
+                for number in numbers:
+                    self.settled[number] = ConstantShare(layer, None, torch.zeros_like(taken))
+                self.unclear[numbers[-1]] = constant
+
+    def clear_up(self, totals: dict[Constant, Tensor]) -> None:
+        """Put each sample's own in the place of unclear shares."""
+        for number, constant in self.unclear.items():
+            self.settled[number] = self.settled[number]._replace(placed=None, total=totals[constant])
 
 
 def extent(way: Way) -> float:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import Node, get_gradient_edge
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from .added_constants import Constant, ConstantShare, catch_shares, catch_tokens_first, constants_of
+from .added_constants import Constant, ConstantShare, catch_shares, catch_tokens_first, constants_of, precise
 from .engine import LIBRA, Rules, libra_grad, observed
 from .engine.nodes import OPERANDS, noted, operation_name
 from .families import Inputs, attention_heads, call, name_of
@@ -145,11 +145,15 @@ class Recording:
         between = separators([self.output.grad_fn], get_gradient_edge(self.stream[0]).node)
         return [get_gradient_edge(h).node in between for h in self.stream]
 
+    @property
+    def starts(self) -> list[Tensor]:
+        """Where the graph begins: the tokens that enter the first block, of either stream."""
+        return [self.stream[0]] if self.second is None else [self.stream[0], self.second]
+
     @cached_property
     def constants(self) -> list[Constant]:
         """Everything that is added on the way."""
-        starts = [self.stream[0]] if self.second is None else [self.stream[0], self.second]
-        return constants_of(self.output, starts, self.stream)
+        return constants_of(self.output, self.starts, self.stream)
 
     @cached_property
     def attention_maps(self) -> list[AttentionMap]:
@@ -220,7 +224,7 @@ class Recording:
                 self.output.sum(),
                 [*wanted, *seconds, *(constant.tensor for constant in constants)],
                 self.rules,
-                retain_graph=GRAPH in reads,
+                retain_graph=GRAPH in reads or shares.needs_check(constants),
                 allow_unused=True,
             )
         tokens = [
@@ -229,8 +233,10 @@ class Recording:
         ]
         for constant, gradient in zip(constants, found[len(wanted) + len(seconds) :], strict=True):
             shares.settle(constant, gradient)
+        if shares.assumed:
+            shares.check_assumed(dict(zip(constants, self.totals(self.output[0]), strict=True)))
         if shares.unclear:
-            shares.clear_up(self.again().totals_by_sample([constants.index(c) for c in shares.unclear.values()]))
+            shares.clear_up(dict(zip(constants, self.again().totals_by_sample(), strict=True)))
         second = precise(found[len(wanted)]) if seconds else None
         return Gradients(tokens, shares.settled, [self.per_head(attention[i]) for i in range(len(maps))], second)
 
@@ -240,18 +246,20 @@ class Recording:
         if samples == 1 or all(self.axes[i].sizes(h) != (samples,) for i, h in enumerate(self.stream)):
             return set()
         with catch_tokens_first(constants) as found:
-            libra_grad(self.output[0], self.stream[:1], self.rules, retain_graph=True, allow_unused=True)
+            self.totals(self.output[0])
         return found
 
-    def totals_by_sample(self, numbers: list[int]) -> list[Tensor]:
-        """(B,) for each of these constants: what it contributes to each sample, one backward pass a sample."""
-        tensors = [self.constants[number].tensor for number in numbers]
-        parts = []
-        for one in self.output:
-            found = libra_grad(one, tensors, self.rules, retain_graph=True, allow_unused=True)
-            shares = (0 * t.sum() if g is None else (t * g).sum() for t, g in zip(tensors, found, strict=True))
-            parts.append(torch.stack([precise(share.detach()) for share in shares]))
-        return list(torch.stack(parts, dim=1))
+    def totals(self, output: Tensor) -> list[Tensor]:
+        """What each constant contributes to one sample's output. The graph is kept."""
+        tensors = [constant.tensor for constant in self.constants]
+        inputs = [*self.starts, *tensors]  # all of them: what is a stream and what a gate depends on the inputs
+        found = libra_grad(output, inputs, self.rules, retain_graph=True, allow_unused=True)[len(self.starts) :]
+        shares = (torch.zeros_like(output) if g is None else (t * g).sum() for t, g in zip(tensors, found, strict=True))
+        return [precise(share.detach()) for share in shares]
+
+    def totals_by_sample(self) -> list[Tensor]:
+        """(B,) for each constant: what it contributes to each sample, one backward pass a sample."""
+        return list(torch.stack([torch.stack(self.totals(one)) for one in self.output], dim=1))
 
     @cached_property
     def reading(self) -> Tensor:
@@ -261,10 +269,6 @@ class Recording:
         if used.shape != self.valid.shape:
             used = self.valid
         return used.float() / used.sum(1, keepdim=True).clamp(min=1)
-
-
-def precise(tensor: Tensor) -> Tensor:
-    return tensor if tensor.dtype == torch.float64 else tensor.float()
 
 
 @contextlib.contextmanager
