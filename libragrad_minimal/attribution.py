@@ -137,7 +137,7 @@ def attribution(run: Recording, name: str, options: Mapping[str, Any]) -> Attrib
     scores, total = result if isinstance(result, tuple) else (result, torch.full_like(output, torch.nan))
     error = (precise(output) - total.detach()).abs()
     if promises_completeness(run.rules) and not name.startswith("IG"):
-        warn_if_incomplete(name, error, output)
+        warn_if_incomplete(name, error, output, scores)
     scores = layout.pick(scores.detach() * run.valid)
     second = None
     if run.second is not None and not reads_of(name) & {MAPS}:
@@ -149,15 +149,16 @@ def promises_completeness(rules: Rules) -> bool:
     return rules.attention is True and rules.activation and rules.norm and rules.product
 
 
-def warn_if_incomplete(name: str, error: Tensor, output: Tensor) -> None:
-    allowed = max(WARNED, 10 * torch.finfo(output.dtype).eps)
-    off = error / output.abs().clamp(min=1e-6)
-    if (off > allowed).any():
-        worst = off.argmax()
+def warn_if_incomplete(name: str, error: Tensor, output: Tensor, scores: Tensor) -> None:
+    """Scores that cancel leave rounding errors beside an output near zero; those aren't meant."""
+    extent = torch.maximum(precise(output).abs(), 0.01 * scores.detach().flatten(1).abs().sum(1))
+    off = error / extent.clamp(min=1e-30)
+    if (off > max(WARNED, 10 * torch.finfo(output.dtype).eps)).any():
+        worst = int(off.argmax())
         warnings.warn(
-            f"{name} is not complete: in sample {int(worst)} the attributions miss the output {float(output[worst]):.4g} "
-            f"by {float(error[worst]):.2g}, {float(off[worst]):.1%} of it",
-            stacklevel=4,
+            f"{name} is not complete: the attributions of sample {worst} miss its output {float(output[worst]):.4g} by "
+            f"{float(error[worst]):.2g}",
+            stacklevel=5,
         )
 
 

@@ -22,7 +22,7 @@ from .added_constants import Constant, ConstantShare, catch_shares, catch_tokens
 from .engine import LIBRA, Rules, libra_grad, observed
 from .engine.nodes import OPERANDS, noted, operation_name
 from .families import Inputs, attention_heads, call, name_of
-from .layout import Axes, Layout, layer_axes, layout_of
+from .layout import Axes, Layout, first_tokens, layer_axes, layout_of
 from .readout import chosen_rows, explained, kept_rows
 from .streams import Streams, candidates, find_streams, dependents, is_stream, removed, separators, stream_argument, topological
 
@@ -389,7 +389,7 @@ class Passed:
         self.check(output)
         if self.streams.of_picture and inputs.words is not None:
             inputs = replace(inputs, about_picture=True)
-        layout = layout_of(request.model, inputs, self.streams.blocks, self.stream[0])
+        layout = layout_at(request, inputs, self.streams, self.stream[0])
         stream = [*self.stream, self.left[-1]]
         axes = [layer_axes(layout.axes, stream[0], h, layout.grid) for h in stream]
         samples, length = layout.axes.arrange(stream[0]).shape[:2]
@@ -424,6 +424,21 @@ class Passed:
                 f"block {apart[0]} of {name} doesn't work on what the block before it made: there are several towers. Name "
                 f"the blocks of one, blocks=[...]; {candidates(self.request.model)}"
             )
+
+
+def layout_at(request: Request, inputs: Inputs, streams: Streams, tokens: Tensor) -> Layout:
+    """The layout of the first tokens. Where a user named blocks that come late, behind which patches have mixed, it is
+    that of the first block of all, if its tokens are as many."""
+    try:
+        return layout_of(request.model, inputs, streams.blocks, tokens)
+    except ValueError:
+        if request.blocks is None:
+            raise
+        earlier = find_streams(request.model, inputs).blocks
+        first = first_tokens(request.model, inputs, earlier)
+        if first.shape != tokens.shape:
+            raise
+        return layout_of(request.model, inputs, earlier, first)
 
 
 def argument(block: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Tensor:

@@ -1,0 +1,242 @@
+"""Which modules are the blocks: the graph's word over a name's, `blocks=` over both, candidates where neither tells."""
+
+import pytest
+import timm
+import torch
+import transformers
+from small_models import IDS, PICTURES, TEXT, VISION, perturbed
+from torch import nn
+
+from libragrad_minimal import additive_constants, attribute, libra_grad, observed
+from libragrad_minimal.families import Inputs
+from libragrad_minimal.streams import find_streams, separators
+
+
+def tiny_vit(**changes) -> nn.Module:
+    config = dict(img_size=32, patch_size=8, embed_dim=24, num_heads=2, depth=2, num_classes=5) | changes
+    return timm.models.VisionTransformer(**config)
+
+
+def blocks_of(model, inputs, **options):
+    return list(find_streams(model, Inputs(inputs), **options).blocks)
+
+
+class Surrounded(nn.Module):
+    """A ViT whose stem, neck and head are called what blocks are called."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.Sequential(nn.Sequential(nn.Conv2d(3, 3, 3, padding=1), nn.ReLU()), nn.Conv2d(3, 3, 1))
+        self.vit = tiny_vit(num_classes=0)
+        self.blocks = nn.ModuleList([Residual(24), Residual(24)])
+        self.layer = nn.Sequential(nn.Linear(24, 8), nn.ReLU(), nn.Linear(8, 5))
+
+    def forward(self, x):
+        x = self.vit(self.layers(x))
+        for block in self.blocks:
+            x = block(x)
+        return self.layer(x)
+
+
+class Residual(nn.Module):
+    def __init__(self, channels):
+        super().__init__()
+        self.linear, self.norm = nn.Linear(channels, channels), nn.LayerNorm(channels)
+
+    def forward(self, x):
+        return x + self.linear(self.norm(x))
+
+
+def test_stems_and_heads_are_told_from_blocks():
+    model = perturbed(Surrounded())
+    assert blocks_of(model, PICTURES) == list(model.vit.blocks)
+    assert attribute(model, PICTURES, 1).grid == (4, 4)
+
+
+class Ensemble(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.vit1, self.vit2 = tiny_vit(), tiny_vit()
+
+    def forward(self, x):
+        return self.vit1(x) + self.vit2(x)
+
+
+def test_towers_side_by_side_are_refused_and_can_be_named():
+    model = perturbed(Ensemble())
+    with pytest.raises(ValueError, match=r"several towers.*blocks=\[...\].*vit#.blocks \(4 Block\)"):
+        attribute(model, PICTURES, 1)
+    with pytest.raises(ValueError, match="no module of that name.*vit#.blocks"):
+        attribute(model, PICTURES, 1, blocks="vit3.blocks")
+    by_name = attribute(model, PICTURES, 1, "IxG", blocks="vit1.blocks")
+    torch.testing.assert_close(by_name.scores, attribute(model.vit1, PICTURES, 1, "IxG").scores)
+    by_module = attribute(model, PICTURES, 1, "IxG", blocks=list(model.vit1.blocks))
+    torch.testing.assert_close(by_name.scores, by_module.scores)
+
+
+def test_blocks_can_be_a_part_of_the_list():
+    model = perturbed(tiny_vit(depth=3))
+    late = attribute(model, PICTURES, 1, "FullGrad", blocks=["blocks.1", "blocks.2"])
+    torch.testing.assert_close(late.scores, attribute(model, PICTURES, 1, "FullGrad", layer=1).scores)
+
+
+def test_separators_by_hand():
+    x = torch.randn(3, requires_grad=True)
+    a = x * 2
+    b = a.exp()
+    c = a.sin() + b
+    found = separators([(c * 3).grad_fn], torch.autograd.graph.get_gradient_edge(x).node)
+    assert {a.grad_fn, c.grad_fn} <= found
+    assert b.grad_fn not in found
+
+
+def test_a_tower_that_does_not_run_is_passed_over():
+    vision = {"model_type": "siglip_vision_model", **VISION}
+    text = {"model_type": "gemma3_text", **TEXT, "num_key_value_heads": 2, "head_dim": 8}
+    config = transformers.Gemma3Config(text_config=text, vision_config=vision, mm_tokens_per_image=4, image_token_index=199)
+    model = perturbed(transformers.Gemma3ForConditionalGeneration(config))
+    result = attribute(model, IDS, 3)
+    assert result.scores.shape == IDS.shape
+    assert (result.completeness_error < 1e-4 * (1 + result.output.abs())).all()
+
+
+def test_a_block_that_is_shared_runs_several_times():
+    config = transformers.AlbertConfig(**{**TEXT, "num_hidden_layers": 4}, embedding_size=16, num_labels=5)
+    model = perturbed(transformers.AlbertForSequenceClassification(config))
+    for layer in (0, 2, -1):
+        result = attribute(model, IDS, 1, "FullGrad", layer=layer)
+        assert (result.completeness_error < 1e-5 * (1 + result.output.abs())).all()
+
+
+def small_t5():
+    config = transformers.T5Config(vocab_size=200, d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4)
+    return transformers.T5ForConditionalGeneration(config)
+
+
+def small_bart():
+    names = "encoder_layers decoder_layers encoder_attention_heads decoder_attention_heads".split()
+    config = transformers.BartConfig(
+        vocab_size=200, d_model=32, encoder_ffn_dim=48, decoder_ffn_dim=48, **dict.fromkeys(names, 2)
+    )
+    return transformers.BartForConditionalGeneration(config)
+
+
+@pytest.mark.parametrize("build", [small_t5, small_bart])
+def test_encoders_and_decoders_have_scores_each(build):
+    model, decoded = perturbed(build()), IDS[:, :4]
+    inputs = {"input_ids": IDS, "decoder_input_ids": decoded}
+    result = attribute(model, inputs, 3, "FullGrad")
+    assert result.scores.shape == IDS.shape and result.decoder_scores.shape == decoded.shape
+    assert (result.completeness_error < 1e-5 * (1 + result.output.abs())).all()
+    tokens = {}
+
+    def keep(name):
+        def hook(block, args, kwargs):
+            if name not in tokens:
+                h = args[0] if args else kwargs["hidden_states"]
+                tokens[name] = h.detach().requires_grad_()
+            if args:
+                return (tokens[name] if name not in seen else args[0], *args[1:]), seen.add(name) or kwargs
+
+        return hook
+
+    seen = set()
+    encoder, decoder = (getattr(part, "block", None) or part.layers for part in (model.get_encoder(), model.get_decoder()))
+    hooks = [part[0].register_forward_pre_hook(keep(i), with_kwargs=True) for i, part in enumerate((encoder, decoder))]
+    output = model(**inputs).logits[:, -1, 3]
+    for hook in hooks:
+        hook.remove()
+    torch.testing.assert_close(result.output, output.detach())
+    gradients = libra_grad(output, (tokens[0], tokens[1]))
+    expected = [(tokens[i] * g).sum(-1).detach() for i, g in enumerate(gradients)]
+    inputs_alone = attribute(model, inputs, 3, "IxG")
+    torch.testing.assert_close(inputs_alone.scores, expected[0], rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(inputs_alone.decoder_scores, expected[1], rtol=1e-4, atol=1e-6)
+    with pytest.raises(ValueError, match="two streams"):
+        attribute(model, inputs, 3, "RawAtt")
+
+
+def test_sounds_and_words():
+    names = "encoder_layers decoder_layers encoder_attention_heads decoder_attention_heads".split()
+    special = dict(pad_token_id=0, bos_token_id=1, eos_token_id=2, decoder_start_token_id=1)
+    sizes = dict(d_model=32, encoder_ffn_dim=48, decoder_ffn_dim=48, vocab_size=200, max_source_positions=50)
+    config = transformers.WhisperConfig(**sizes, **special, **dict.fromkeys(names, 2))
+    model = perturbed(transformers.WhisperForConditionalGeneration(config))
+    inputs = {"input_features": torch.randn(2, 80, 100), "decoder_input_ids": IDS[:, :4]}
+    result = attribute(model, inputs, 3)
+    assert result.scores.shape == (2, 50) and result.decoder_scores.shape == (2, 4)
+    assert (result.completeness_error < 1e-4 * (1 + result.output.abs())).all()
+
+
+class LateClassToken(nn.Module):
+    """CaiT's way: the class token is put in front behind the blocks, by `cat`; a scaled residual by addcmul."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed, self.head = nn.Conv2d(3, 8, 8, 8), nn.Linear(8, 5)
+        self.blocks = nn.ModuleList([Residual(8), Residual(8)])
+        self.token, self.scale, self.shift = (nn.Parameter(torch.randn(1, 1, 8)) for _ in range(3))
+        self.pool = nn.MultiheadAttention(8, 2, batch_first=True)
+
+    def forward(self, x):
+        x = self.embed(x).flatten(2).transpose(1, 2)
+        for block in self.blocks:
+            x = torch.addcmul(self.shift, self.scale, block(x))
+        x = torch.cat([self.token.expand(len(x), -1, -1), x], 1)
+        return self.head(self.pool(x[:, :1], x, x)[0][:, 0])
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_constants_that_come_in_by_any_way_count(frozen):
+    model = perturbed(LateClassToken()).requires_grad_(not frozen)
+    result = attribute(model, PICTURES, 1)
+    assert (result.completeness_error < 1e-5 * (1 + result.output.abs())).all()
+    h = model.embed(PICTURES).flatten(2).transpose(1, 2).detach().requires_grad_()
+    model.embed.forward = lambda x: h.transpose(1, 2).unflatten(2, (4, 4))
+    with observed():
+        output = model(PICTURES)[:, 1]
+    constants = additive_constants(output, h)
+    gradients = libra_grad(output, (h, *constants))
+    torch.testing.assert_close(sum((t * g).sum() for t, g in zip((h, *constants), gradients, strict=True)), output.sum())
+
+
+def test_experts_mix_the_rows_of_a_batch():
+    """The rows of a mixture of experts are sorted by expert, so a bias's samples can't be told by their place."""
+    config = transformers.GptOssConfig(
+        **{**TEXT, "num_key_value_heads": 2}, head_dim=8, num_local_experts=4, num_experts_per_tok=2
+    )
+    model = perturbed(transformers.GptOssForCausalLM(config))
+    both = attribute(model, IDS, 3)
+    assert (both.completeness_error < 1e-5 * (1 + both.output.abs())).all()
+
+
+def test_blocks_that_change_their_tokens_in_place():
+    class InPlace(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear, self.norm = nn.Linear(8, 8), nn.LayerNorm(8)
+
+        def forward(self, x):
+            x += self.linear(self.norm(x.clone()))
+            return x
+
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.blocks, self.head = nn.ModuleList([InPlace(), InPlace()]), nn.Linear(8, 5)
+
+        def forward(self, x):
+            for block in self.blocks:
+                x = block(x)
+            return self.head(x.mean(1))
+
+    model, x = perturbed(Model()), torch.randn(2, 3, 8)
+    for layer in (0, 1):
+        result = attribute(model, x.clone(), 1, "FullGrad", layer=layer)
+        assert (result.completeness_error < 1e-5 * (1 + result.output.abs())).all()
+        assert not torch.equal(result.scores, attribute(model, x.clone(), 1, "FullGrad", layer=1 - layer).scores)
+
+
+def test_a_model_without_blocks_is_told_of_libra_grad():
+    with pytest.raises(ValueError, match="no list of blocks.*libra_grad"):
+        attribute(nn.Linear(2, 2).eval(), torch.randn(1, 2), 0)
