@@ -132,7 +132,8 @@ def attribute_many(
 
 def attribution(run: Recording, name: str, options: Mapping[str, Any]) -> Attribution:
     """One method's result, as users see it."""
-    result = METHODS[name](run, **options)
+    with torch.enable_grad():
+        result = METHODS[name](run, **options)
     output, layout = run.output.detach(), run.layout
     scores, total = result if isinstance(result, tuple) else (result, torch.full_like(output, torch.nan))
     error = (precise(output) - total.detach()).abs()
@@ -141,7 +142,7 @@ def attribution(run: Recording, name: str, options: Mapping[str, Any]) -> Attrib
     scores = layout.pick(scores.detach() * run.valid)
     second = None
     if run.second is not None and not reads_of(name) & {MAPS}:
-        second = second_scores(run)
+        second = second_scores(run).detach()
     return Attribution(scores, output, error, layout.grid, second, layout.picture, layout.why_no_grid)
 
 
@@ -203,11 +204,13 @@ def tokens_and_gradients(run: Recording, layer: int) -> tuple[Tensor, Tensor]:
 
 def coarser(run: Recording, layer: int) -> int | None:
     """The k for which k x k cells of the picture are one token of this layer; None if no relation is known."""
+    here = run.axes[layer].sizes(run.stream[layer])
     if run.tokens[layer].shape[:2] == run.valid.shape:
         return 1
-    grid, place = run.layout.grid, run.layout.place
-    known = grid is not None and place is not None and place.dim() == 1
-    return coarsening(grid, run.axes[layer].sizes(run.stream[layer])) if known else None
+    grid, prefix = run.layout.grid, run.layout.prefix
+    if grid is None or prefix is None:
+        return None
+    return coarsening(grid, here) if prefix == 0 else coarsening(grid, (here[0] - prefix,)) if len(here) == 1 else None
 
 
 def spread(scores: Tensor, run: Recording, layer: int) -> Tensor:
@@ -224,9 +227,9 @@ def spread(scores: Tensor, run: Recording, layer: int) -> Tensor:
     cell = torch.zeros((), dtype=torch.long)
     for length in run.layout.grid:  # the number of the coarse cell that each fine one lies in, row by row
         cell = cell[..., None] * -(-length // k) + torch.arange(length) // k
-    cell = cell.flatten().to(scores.device)
-    fine = scores[:, cell] / cell.bincount()[cell]
-    return scores.new_zeros(run.valid.shape).index_copy(1, run.layout.place.to(scores.device), fine)
+    cell, prefix = cell.flatten().to(scores.device), run.layout.prefix
+    fine = scores[:, prefix:][:, cell] / cell.bincount()[cell]
+    return torch.cat([scores[:, :prefix], fine], dim=1)
 
 
 def input_times_gradient(run: Recording, layer: int) -> Tensor:
@@ -239,8 +242,15 @@ def second_scores(run: Recording) -> Tensor:
     return (precise(run.second.detach()) * run.gradients.second).flatten(2).sum(-1)
 
 
+def checked_layer(layer: int, count: int) -> int:
+    """The number of a layer that may be counted from the end."""
+    if not -count <= layer < count:
+        raise ValueError(f"there is no layer {layer}: they are numbered 0..{count - 1}, or -{count}..-1 from the end")
+    return layer % count
+
+
 def whole_layer(run: Recording, layer: int) -> int:
-    number = range(len(run.stream))[layer]
+    number = checked_layer(layer, len(run.stream))
     if not run.whole[number]:
         raise ValueError(
             f"the tokens at block {number} aren't all of the stream, something leads past them: use layer=0"
@@ -297,7 +307,7 @@ def fullgrad_plus(run: Recording) -> Scores:
 @reads(LAYERS)
 def hirescam(run: Recording, layer: int = -1) -> Scores:
     """Input x gradient at one late block, the last by default (Draelos & Carin 2020)."""
-    return input_times_gradient(run, range(len(run.stream) - 1)[layer])
+    return input_times_gradient(run, checked_layer(layer, len(run.stream) - 1))
 
 
 @reads(LAYERS)

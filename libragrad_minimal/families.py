@@ -251,22 +251,31 @@ def check_inputs(model: nn.Module, given: Any) -> None:
     if inputs.mask is not None and not inputs.mask.bool().any(1).all():
         row = int((~inputs.mask.bool().any(1)).nonzero()[0])
         raise ValueError(f"attention_mask hides every token of sample {row}: there is nothing to explain")
-    limit, text = longest_text(model), inputs.text
+    limit, text = longest_text(model), inputs.words
     if text is not None and limit is not None and text.shape[1] > limit:
         raise ValueError(f"the text has {text.shape[1]} tokens, and {name} knows {limit} positions: shorten it")
+    known = vocabulary(model)
+    if text is not None and known is not None and not text.is_floating_point() and int(text.max()) >= known:
+        raise ValueError(f"the text holds token id {int(text.max())}, and {name} knows {known}: is it another tokenizer's?")
+
+
+def vocabulary(model: nn.Module) -> int | None:
+    """How many token ids there are; None where the model doesn't say."""
+    try:
+        return len(plain(model).get_input_embeddings().weight)
+    except (AttributeError, NotImplementedError, TypeError):
+        return None
 
 
 def check_batch(model: nn.Module, inputs: Inputs) -> None:
     """The dimension of samples that is so easily forgotten."""
-    text, tensors = inputs.text, inputs.tensors
-    if text is not None and text.dim() < 2:
-        raise ValueError(
-            f"token ids need two dimensions, (B, T), got {tuple(text.shape)}: add the one of samples, ids[None]"
-        )
-    one = tensors.get("", tensors.get("pixel_values"))
-    takes_pictures = hasattr(plain(model), "patch_embed") or hasattr(plain(model), "default_cfg")
-    takes_pictures |= getattr(plain(model), "main_input_name", None) == "pixel_values" or pairs_pictures_and_texts(model)
-    if text is None and one is not None and takes_pictures:
+    named = inputs.tensors
+    one = named.get("", named.get("pixel_values"))
+    itself = plain(model)
+    only_pictures = hasattr(itself, "patch_embed") or hasattr(itself, "default_cfg")
+    only_pictures |= getattr(itself, "main_input_name", None) == "pixel_values"
+    two_towers = pairs_pictures_and_texts(model)
+    if one is not None and (only_pictures or two_towers and one.dim() > 2):
         if not one.is_floating_point():
             raise ValueError(f"pictures must be floating-point numbers, got {one.dtype}: convert and normalise them first")
         if one.dim() == 3:
@@ -274,3 +283,7 @@ def check_batch(model: nn.Module, inputs: Inputs) -> None:
                 f"pictures need four dimensions, (B, 3, H, W), got {tuple(one.shape)}: add the one of samples, "
                 "picture[None]"
             )
+    elif inputs.words is not None and inputs.words.dim() < 2:
+        raise ValueError(
+            f"token ids need two dimensions, (B, T), got {tuple(inputs.words.shape)}: add the one of samples, ids[None]"
+        )

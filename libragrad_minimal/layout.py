@@ -55,6 +55,15 @@ class Layout:
     picture: Tensor | None = None  # (B, cells): where among the parts the picture's lie, if they aren't all
     why_no_grid: str = "scores of text have no grid: use .scores"
 
+    @property
+    def prefix(self) -> int | None:
+        """How many class tokens and registers come before cells that lie row by row, and end the tokens."""
+        if self.place is None or self.place.dim() > 1:
+            return None
+        first, cells = int(self.place[0]), len(self.place)
+        in_order = torch.equal(self.place, torch.arange(first, first + cells, device=self.place.device))
+        return first if in_order else None
+
     def pick(self, scores: Tensor) -> Tensor:
         """Scores of tokens (B, N) -> of parts (B, parts)."""
         if self.place is None:

@@ -41,7 +41,12 @@ def chosen_rows(model: nn.Module, inputs: Inputs, target: Any, readout: Any) -> 
     rows = rows.to(inputs.answered.device).expand(inputs.samples)
     if rows.min() < -length or rows.max() >= length:
         raise ValueError(f"readout names row {readout}, and the text has {length} tokens")
-    return rows % length
+    rows, mask = rows % length, inputs.answered_mask
+    if mask is not None and mask.shape[1] == length:
+        hidden = (~mask.bool().gather(1, rows[:, None])[:, 0]).nonzero().flatten().tolist()
+        if hidden:
+            raise ValueError(f"readout names row {int(rows[hidden[0]])} of sample {hidden[0]}, which is padding")
+    return rows
 
 
 def kept_rows(model: nn.Module, rows: Tensor | None) -> tuple[Tensor | None, Tensor | None]:

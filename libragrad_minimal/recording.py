@@ -221,7 +221,7 @@ class Recording:
             catch_shares(constants, self.axes, self.stream, tokens_first) as shares,
         ):
             found = libra_grad(
-                self.output.sum(),
+                self.output,
                 [*wanted, *seconds, *(constant.tensor for constant in constants)],
                 self.rules,
                 retain_graph=GRAPH in reads or shares.needs_check(constants),
@@ -264,7 +264,7 @@ class Recording:
     @cached_property
     def reading(self) -> Tensor:
         """Which tokens the output is read from, as weights (B, N): the class token, the last token, or all it uses."""
-        (gradient,) = torch.autograd.grad(self.output.sum(), self.stream[-1], retain_graph=True)
+        (gradient,) = torch.autograd.grad(self.output, self.stream[-1], torch.ones_like(self.output), retain_graph=True)
         used = (self.axes[-1].arrange(gradient) != 0).any(-1)
         if used.shape != self.valid.shape:
             used = self.valid
@@ -418,7 +418,7 @@ class Passed:
         if self.streams.checked or self.apart is not None:
             return
         reached = dependents([output.grad_fn], get_gradient_edge(self.stream[0]).node)
-        apart = [i for i, h in enumerate(self.stream) if get_gradient_edge(h).node not in reached]
+        apart = [i for i, h in enumerate(self.stream) if not h.requires_grad or get_gradient_edge(h).node not in reached]
         if apart:
             raise ValueError(
                 f"block {apart[0]} of {name} doesn't work on what the block before it made: there are several towers. Name "

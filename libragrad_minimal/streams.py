@@ -209,17 +209,25 @@ def tensors_in(answer: Any) -> list[Tensor]:
 
 
 def lists_between(ends: list[Node], root: Node, calls: list[Call]) -> set[str]:
-    """The lists whose first run was given a separator of `root` and the answer, and every later one something else that
-    depends on it. Of lists within lists the inner one, where it is part of every member of the outer."""
+    """The lists whose every run was given a separator of `root` and the answer, a new one each time. If there are none,
+    those of which that holds for the first run alone, and of the later ones that they depend on `root`."""
     between, reached = separators(ends, root), dependents(ends, root)
     by_list: dict[str, list[Call]] = {}
     for one in calls:
         by_list.setdefault(one.name, []).append(one)
-    passed = {}
-    for name, several in by_list.items():
-        entered = [one.entered for one in several]
-        if entered[0] in between and all(node in reached for node in entered) and len(set(entered)) == len(entered):
-            passed[name] = several
+    for needed in (between, reached):
+        passed = {}
+        for name, several in by_list.items():
+            entered = [one.entered for one in several]
+            if entered[0] in between and all(node in needed for node in entered) and len(set(entered)) == len(entered):
+                passed[name] = several
+        if passed:
+            return innermost(passed)
+    return set()
+
+
+def innermost(passed: dict[str, list[Call]]) -> set[str]:
+    """Of lists within lists the inner one, where it is part of every member of the outer."""
     for outer in list(passed):
         for inner in list(passed):
             if outer in passed and inner in passed and is_within(passed[inner], passed[outer]):

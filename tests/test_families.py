@@ -1,0 +1,180 @@
+"""Every ordinary slip gets one sentence that says what, where and what to do; and how a model is called."""
+
+import pytest
+import timm
+import torch
+import transformers
+from small_models import IDS, PICTURES, TEXT, VISION, perturbed
+
+from libragrad_minimal import attribute, libra_grad
+
+
+def picture_model():
+    config = dict(img_size=32, patch_size=8, embed_dim=24, num_heads=2, depth=2, num_classes=5)
+    return perturbed(timm.models.VisionTransformer(**config))
+
+
+def text_model(**changes):
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(**TEXT, num_key_value_heads=2, max_position_embeddings=16, **changes)
+    return perturbed(transformers.LlamaForCausalLM(config))
+
+
+NOTHING = torch.zeros_like(IDS)
+NOT_A_NUMBER = PICTURES.clone()
+NOT_A_NUMBER[0, 0, 0, 0] = torch.nan
+
+
+@pytest.mark.parametrize(
+    "build, inputs, options, message",
+    [
+        (picture_model, PICTURES, dict(target="tabby"), "the target is a word, 'tabby': give the number"),
+        (picture_model, PICTURES, dict(target=None), "no target: give one of 5 classes"),
+        (picture_model, PICTURES, dict(target=True), "the target is boolean"),
+        (picture_model, PICTURES, dict(target=torch.tensor([True, False])), "the target is boolean"),
+        (picture_model, PICTURES, dict(target={"class": 1}), "the target is a dict: give a class"),
+        (picture_model, PICTURES, dict(target=[]), "the target holds no class"),
+        (picture_model, PICTURES, dict(target=7), r"0\.\.4"),
+        (picture_model, PICTURES, dict(target=1, method="FullGrad", layer=5), "layer 5.*0..2"),
+        (picture_model, PICTURES, dict(target=1, method="HiResCAM", layer=-4), "layer -4.*0..1"),
+        (picture_model, PICTURES[0], dict(target=1), r"\(B, 3, H, W\), got \(3, 32, 32\).*picture\[None\]"),
+        (picture_model, (PICTURES * 255).byte(), dict(target=1), "floating-point numbers, got torch.uint8"),
+        (picture_model, PICTURES[:0], dict(target=1), "the input is empty"),
+        (picture_model, NOT_A_NUMBER, dict(target=1), "the input holds NaN or infinity in 1 places"),
+        (picture_model, PICTURES.numpy(), dict(target=1), "inputs are a ndarray: give a tensor"),
+        (text_model, IDS[0], dict(target=1), r"\(B, T\), got \(9,\).*ids\[None\]"),
+        (text_model, "once upon a time", dict(target=1), "inputs are a str"),
+        (text_model, {"input_ids": IDS.tolist()}, dict(target=1), "no tensor.*return_tensors='pt'"),
+        (text_model, IDS[:, :0], dict(target=1), "the input is empty"),
+        (text_model, {"input_ids": IDS, "attention_mask": NOTHING}, dict(target=1), "hides every token of sample 0"),
+        (text_model, IDS.repeat(1, 2), dict(target=1), "the text has 18 tokens, and LlamaForCausalLM knows 16"),
+        (text_model, IDS + 300, dict(target=1), "token id 4.., and LlamaForCausalLM knows 200"),
+    ],
+)
+def test_slips(build, inputs, options, message):
+    with pytest.raises(ValueError, match=message):
+        attribute(build(), inputs, **options)
+
+
+def test_inference_mode_and_training_mode():
+    model = picture_model()
+    with torch.inference_mode(), pytest.raises(ValueError, match="inference_mode.*outside"):
+        attribute(model, PICTURES, 1)
+    with torch.no_grad():
+        assert attribute(model, PICTURES, 1).scores.isfinite().all()
+    with pytest.raises(ValueError, match="training mode; call model.eval"):
+        attribute(model.train(), PICTURES, 1)
+
+
+def test_arguments_that_attribute_sets_itself():
+    model = text_model()
+    expected = attribute(model, IDS, 3).scores
+    for use_cache in (False, True):
+        torch.testing.assert_close(attribute(model, {"input_ids": IDS, "use_cache": use_cache}, 3).scores, expected)
+    embeddings = model.get_input_embeddings()(IDS).detach()
+    torch.testing.assert_close(attribute(model, {"inputs_embeds": embeddings}, 3).scores, expected)
+
+
+def test_nothing_is_left_on_the_model():
+    model = picture_model()
+    before = {name: parameter.clone() for name, parameter in model.named_parameters()}
+    with pytest.raises(ValueError):
+        attribute(model, PICTURES, 9)
+    attribute(model, PICTURES, 1, "LeGrad")
+    assert torch.is_grad_enabled()
+    for module in model.modules():
+        assert not module._forward_hooks and not module._forward_pre_hooks
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is None and torch.equal(parameter, before[name])
+
+
+# ---- precision -------------------------------------------------------------------------------------------------------
+
+
+def test_double_precision_stays():
+    result = attribute(picture_model().double(), PICTURES.double(), 3)
+    assert result.scores.dtype == result.completeness_error.dtype == torch.float64
+    assert (result.completeness_error < 1e-12).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_sums_in_single(dtype):
+    model = text_model()
+    expected = attribute(model, IDS, 3)
+    half = attribute(text_model().to(dtype), IDS, 3)
+    assert half.scores.dtype == torch.float32
+    error = (half.scores - expected.scores).norm() / expected.scores.norm()
+    assert error < (0.05 if dtype == torch.bfloat16 else 0.01)
+
+
+def test_autocast():
+    model = text_model()
+    expected = attribute(model, IDS, 3)
+    with torch.autocast("cpu", torch.bfloat16):
+        result = attribute(model, IDS, 3)
+    assert (result.scores - expected.scores).norm() < 0.05 * expected.scores.norm()
+
+
+@pytest.mark.filterwarnings("ignore:Using `torch.compile:UserWarning")
+def test_compiled_models_run_eagerly():
+    model = text_model()
+    compiled = torch.compile(text_model(), backend="aot_eager")
+    torch.testing.assert_close(attribute(compiled, IDS, 3).scores, attribute(model, IDS, 3).scores)
+
+
+# ---- what it costs ---------------------------------------------------------------------------------------------------
+
+
+def peak_bytes(function) -> int:
+    from benchmarks import speed
+
+    return speed.peak_bytes(lambda gradient: function(), None, "cpu")
+
+
+@pytest.mark.parametrize("method", ["IxG", "FullGrad+"])
+def test_memory_is_that_of_libra_grad(method):
+    """And so linear in the number of tokens: no T x T map, no logits but the last position's."""
+    config = transformers.LlamaConfig(**{**TEXT, "vocab_size": 3000}, num_key_value_heads=2, max_position_embeddings=4096)
+    model = transformers.LlamaForCausalLM(config).eval().requires_grad_(False)
+    ids = torch.randint(0, 3000, (1, 1024))
+
+    def bare():
+        embeddings = model.get_input_embeddings()(ids).requires_grad_()
+        libra_grad(model(inputs_embeds=embeddings, use_cache=False, logits_to_keep=1).logits[0, -1, 5], embeddings)
+
+    attribute(model, ids, 5, method)
+    assert peak_bytes(lambda: attribute(model, ids, 5, method)) < 1.1 * peak_bytes(bare)
+
+
+def test_maps_that_do_not_fit_into_memory_are_refused_before(monkeypatch):
+    monkeypatch.setattr("libragrad_minimal.recording.free_memory", lambda device: 10_000)
+    with pytest.raises(ValueError, match="attention maps needs .* GB for 2 blocks of 9 x 9 tokens.*FullGrad"):
+        attribute(text_model(), IDS, 3, "Attention Rollout")
+    assert attribute(text_model(), IDS, 3).scores.isfinite().all()
+
+
+def test_an_incomplete_result_warns():
+    class Doubling(torch.autograd.Function):
+        """Says that it is linear, and is not."""
+
+        @staticmethod
+        def forward(context, x):
+            return 2 * x
+
+        @staticmethod
+        def backward(context, gradient):
+            return gradient
+
+    from libragrad_minimal import register_rule
+    from libragrad_minimal.engine import operations
+
+    model = picture_model()
+    model.norm.register_forward_hook(lambda module, args, result: Doubling.apply(result))
+    before = dict(operations.OPERATIONS)
+    try:
+        register_rule("Doubling", "linear")
+        with pytest.warns(UserWarning, match="FullGrad.* is not complete: .* miss its output"):
+            attribute(model, PICTURES, 1)
+    finally:
+        operations.OPERATIONS.clear()
+        operations.OPERATIONS.update(before)

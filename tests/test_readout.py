@@ -1,0 +1,146 @@
+"""Which number of an answer is explained: checked against the model's own answer, and refused where it isn't clear."""
+
+import pytest
+import torch
+import transformers
+from small_models import IDS, PICTURES, TEXT, VISION, perturbed
+from torch import nn
+
+from libragrad_minimal import attribute
+
+MASK = torch.tensor([[1, 1, 1, 1, 1, 0, 0, 0, 0], [1] * 9])
+
+
+def masked_language_model():
+    return perturbed(transformers.BertForMaskedLM(transformers.BertConfig(**TEXT)))
+
+
+def test_rows_of_texts():
+    model = masked_language_model()
+    inputs = {"input_ids": IDS, "attention_mask": MASK}
+    logits = model(**inputs).logits.detach()
+    expected = {
+        3: logits[:, 3, 42],
+        -6: logits[:, 3, 42],
+        "last": torch.stack([logits[0, 4, 42], logits[1, 8, 42]]),
+        torch.tensor([2, 7]): torch.stack([logits[0, 2, 42], logits[1, 7, 42]]),
+        MASK.bool(): torch.stack([logits[0, :5, 42].mean(), logits[1, :, 42].mean()]),
+    }
+    for readout, output in expected.items():
+        result = attribute(model, inputs, 42, readout=readout)
+        torch.testing.assert_close(result.output, output)
+        assert (result.completeness_error < 1e-5 * (1 + output.abs())).all()
+    by_row = attribute(model, inputs, lambda row: row[:, 42], readout=3)
+    whole = attribute(model, inputs, lambda answer: answer[:, 3, 42])
+    torch.testing.assert_close(by_row.scores, whole.scores)
+
+
+def test_rows_of_padding_are_refused():
+    with pytest.raises(ValueError, match="row 8 of sample 0, which is padding"):
+        attribute(masked_language_model(), {"input_ids": IDS, "attention_mask": MASK}, 42, readout=-1)
+
+
+def test_queries_and_pixels():
+    config = transformers.YolosConfig(**{**VISION, "image_size": [32, 32]}, num_detection_tokens=4, num_labels=5)
+    yolos = perturbed(transformers.YolosForObjectDetection(config))
+    torch.testing.assert_close(attribute(yolos, PICTURES, 1, readout=2).output, yolos(PICTURES).logits[:, 2, 1].detach())
+
+    class Segmenter(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.vit = transformers.ViTModel(transformers.ViTConfig(**VISION), add_pooling_layer=False)
+            self.head = nn.Linear(32, 5)
+
+        def forward(self, x):
+            return self.head(self.vit(x).last_hidden_state[:, 1:]).transpose(1, 2).unflatten(2, (4, 4))
+
+    model = perturbed(Segmenter())
+    answer = model(PICTURES).detach()
+    mask = torch.zeros(4, 4, dtype=torch.bool)
+    mask[1:3, 2:] = True
+    for readout, output in (((3, 1), answer[:, 2, 3, 1]), (mask, answer[:, 2, 1:3, 2:].mean((1, 2)))):
+        result = attribute(model, PICTURES, 2, readout=readout)
+        torch.testing.assert_close(result.output, output)
+        assert (result.completeness_error < 1e-5 * (1 + output.abs())).all()
+
+
+def test_models_that_generate_are_read_at_the_last_token():
+    config = transformers.LlamaConfig(**TEXT, num_key_value_heads=2)
+    model = perturbed(transformers.LlamaForCausalLM(config))
+    logits = model(IDS, attention_mask=MASK).logits.detach()
+    inputs = {"input_ids": IDS, "attention_mask": MASK}
+    expected = torch.stack([logits[0, 4, 7], logits[1, 8, 7]])
+    torch.testing.assert_close(attribute(model, inputs, 7).output, expected)
+    assert (attribute(model, inputs, 7).scores[0, 5:] == 0).all()
+    torch.testing.assert_close(attribute(model, IDS, 7, readout=3).output, model(IDS).logits[:, 3, 7].detach())
+
+
+def test_logits_of_other_positions_are_not_computed():
+    shapes = []
+    config = transformers.LlamaConfig(**TEXT, num_key_value_heads=2)
+    model = perturbed(transformers.LlamaForCausalLM(config))
+    model.lm_head.register_forward_hook(lambda module, args, result: shapes.append(tuple(result.shape)))
+    attribute(model, IDS, 7)
+    attribute(model, {"input_ids": IDS, "attention_mask": MASK}, 7)
+    assert shapes == [(2, 1, 200), (2, 2, 200)]
+
+
+def test_towers_without_logits():
+    tower = perturbed(transformers.CLIPVisionModelWithProjection(transformers.CLIPVisionConfig(**VISION, projection_dim=6)))
+    direction = torch.randn(2, 6)
+    result = attribute(tower, PICTURES, direction)
+    torch.testing.assert_close(result.output, (tower(PICTURES).image_embeds * direction).sum(1).detach())
+    dino = perturbed(transformers.Dinov2Model(transformers.Dinov2Config(**VISION)))
+    result = attribute(dino, PICTURES, lambda answer: answer.last_hidden_state[:, 1:].mean((1, 2)))
+    torch.testing.assert_close(result.output, dino(PICTURES).last_hidden_state[:, 1:].mean((1, 2)).detach())
+    assert (result.completeness_error < 1e-4 * (1 + result.output.abs())).all()
+    row = attribute(dino, PICTURES, torch.ones(32), readout=0)
+    torch.testing.assert_close(row.output, dino(PICTURES).last_hidden_state[:, 0].sum(1).detach())
+
+
+def test_pairs_explain_the_picture_for_given_texts():
+    text = {**TEXT, "bos_token_id": 0, "eos_token_id": 1}
+    model = perturbed(transformers.CLIPModel(transformers.CLIPConfig(text_config=text, vision_config=VISION, projection_dim=6)))
+    inputs = {"input_ids": IDS.repeat(2, 1)[:3], "pixel_values": PICTURES}
+    result = attribute(model, inputs, 2)
+    torch.testing.assert_close(result.output, model(**inputs).logits_per_image[:, 2].detach())
+    assert result.grid == (4, 4) and (result.completeness_error < 1e-4 * (1 + result.output.abs())).all()
+
+
+@pytest.mark.parametrize("wrapped", ["number", "dict"])
+def test_answers_of_other_shapes(wrapped):
+    inner = perturbed(transformers.ViTForImageClassification(transformers.ViTConfig(**VISION, num_labels=5)))
+
+    class Wrapper(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = inner
+
+        def forward(self, x):
+            logits = self.inner(x).logits
+            return logits[:, 1] if wrapped == "number" else {"logits": logits}
+
+    expected = attribute(inner, PICTURES, 1)
+    for target in (None, 0) if wrapped == "number" else (1,):
+        torch.testing.assert_close(attribute(Wrapper().eval(), PICTURES, target).scores, expected.scores)
+
+
+@pytest.mark.parametrize(
+    "build, options, message",
+    [
+        (masked_language_model, dict(target=3), r"9 rows of 200 numbers.*readout=3.*function"),
+        (masked_language_model, dict(target=3, readout=9), "row 9, and the text has 9 tokens"),
+        (masked_language_model, dict(target=3, readout=torch.zeros(9, dtype=torch.bool)), "mask of readout is empty"),
+        (masked_language_model, dict(target=3, readout=torch.ones(8, dtype=torch.bool)), "9 places, and the mask is"),
+        (masked_language_model, dict(target=lambda answer: answer[:, 0]), r"one number per sample \(2,\), got \(2, 200\)"),
+    ],
+)
+def test_unclear_readouts_are_refused(build, options, message):
+    with pytest.raises(ValueError, match=message):
+        attribute(build(), IDS, **options)
+
+
+def test_a_tower_without_a_vector_asks_for_a_function():
+    vit = perturbed(transformers.ViTModel(transformers.ViTConfig(**VISION), add_pooling_layer=False))
+    with pytest.raises(ValueError, match="no logits but last_hidden_state.*function"):
+        attribute(vit, PICTURES, 1)
