@@ -140,7 +140,11 @@ class Shares:
 
     def needs_check(self, constants: Sequence[Constant]) -> bool:
         places = (place for constant in constants for place in constant.entrances)
-        return self.samples > 1 and any(self.dimensions(place) is None for place in places)
+        return self.samples > 1 and any(not self.samples_first(place) for place in places)
+
+    def samples_first(self, place: Entrance) -> bool:
+        """Is it clear from the shape where the samples are?"""
+        return self.dimensions(place) is not None or place.shape[:1] == (self.samples,)
 
     def dimensions(self, place: Entrance) -> Axes | None:
         """Where samples and tokens are in what is computed there; None if its shape doesn't tell."""
@@ -170,8 +174,9 @@ class Shares:
         whole = (precise(constant.tensor.detach()) * precise(gradient)).sum()
         for way in self.caught.pop(constant, []):
             if way and torch.isclose(sum(share.sum() for share in way.values()), whole, 1e-3, 1e-6 * extent(way)):
+                unclear = {place.layer for place in constant.entrances if not self.samples_first(place)}
                 for layer, share in way.items():
-                    if share.dim() == 1 and self.samples > 1:
+                    if layer in unclear and self.samples > 1:
                         self.assumed[len(self.settled)] = constant
                     placed, total = (share, share.sum(1)) if share.dim() == 2 else (None, share)
                     self.settled.append(ConstantShare(layer, placed, total))

@@ -239,7 +239,7 @@ def input_times_gradient(run: Recording, layer: int) -> Tensor:
 
 def second_scores(run: Recording) -> Tensor:
     """Input x gradient at the tokens of a second stream, a decoder's: (B, N')."""
-    return (precise(run.second.detach()) * run.gradients.second).flatten(2).sum(-1)
+    return (precise(run.second_axes.arrange(run.second.detach())) * run.gradients.second).sum(-1)
 
 
 def checked_layer(layer: int, count: int) -> int:

@@ -237,8 +237,14 @@ class Recording:
             shares.check_assumed(dict(zip(constants, self.totals(self.output[0]), strict=True)))
         if shares.unclear:
             shares.clear_up(dict(zip(constants, self.again().totals_by_sample(), strict=True)))
-        second = precise(found[len(wanted)]) if seconds else None
+        second = self.second_axes.arrange(precise(found[len(wanted)])) if seconds else None
         return Gradients(tokens, shares.settled, [self.per_head(attention[i]) for i in range(len(maps))], second)
+
+    @property
+    def second_axes(self) -> Axes:
+        """A decoder has the order of dimensions that its encoder has."""
+        dims = self.second.dim()
+        return self.axes[0] if dims == self.stream[0].dim() else Axes(0, tuple(range(1, dims - 1)))
 
     def tokens_first(self, constants: list[Constant]) -> set[Node]:
         """Where constants are added to tokens in the order (N, B, C), asked only if N = B, as sizes tell it else."""
@@ -372,14 +378,15 @@ class Passed:
             return with_argument(self.second[0].clone(), args, kwargs)
 
     def leave(self, block, args, kwargs, result):
-        parts = list(result) if isinstance(result, tuple) else [result]
+        several = isinstance(result, tuple | list)
+        parts = list(result) if several else [result]
         place = next((i for i, part in enumerate(parts) if is_stream(part)), None)
         if place is None:
             raise ValueError(f"{type(block).__name__} returns no tokens; name other blocks, blocks=[...]")
         self.left.append(parts[place])
         if self.apart is not None and len(self.left) == self.apart:
             parts[place] = torch.cat(self.left)
-            return tuple(parts) if isinstance(result, tuple) else parts[0]
+            return type(result)(parts) if several else parts[0]
 
     def changed_in_place(self) -> bool:
         return any(h._version != version for h, version in zip(self.stream, self.versions, strict=True))
@@ -415,7 +422,7 @@ class Passed:
             raise ValueError(f"{name} ran none of its blocks on this input; name those that run, blocks=[...]")
         if output.grad_fn is None:
             raise ValueError(f"what is explained doesn't depend on the blocks of {name}: is it detached, or of another tower?")
-        if self.streams.checked or self.apart is not None:
+        if self.apart is not None:
             return
         reached = dependents([output.grad_fn], get_gradient_edge(self.stream[0]).node)
         apart = [i for i, h in enumerate(self.stream) if not h.requires_grad or get_gradient_edge(h).node not in reached]

@@ -30,7 +30,6 @@ class Streams:
 
     blocks: tuple[nn.Module, ...]
     second: tuple[nn.Module, ...] = ()
-    checked: bool = False  # did a forward pass show that the answer passes through them?
     of_picture: bool = False  # is it the pixels alone that come in through them, though there is a text as well?
 
 
@@ -126,6 +125,7 @@ class Call:
     name: str  # of its list
     block: nn.Module
     entered: Node | None  # what it was given; None if it doesn't depend on the inputs
+    left: Node | None = None  # what it returned
 
 
 def streams_in_graph(model: nn.Module, inputs: Inputs, lists: dict[str, list[nn.Module]]) -> Streams:
@@ -148,7 +148,7 @@ def streams_in_graph(model: nn.Module, inputs: Inputs, lists: dict[str, list[nn.
     ran = {call.block for call in calls}
     blocks, *second = (tuple(block for block in lists[name] if block in ran) for name in chosen)
     through = [roots[root] for root, names in served.items() if chosen[0] in names]
-    return Streams(blocks, *second, checked=True, of_picture=inputs.picture is not None and set(through) == {inputs.picture})
+    return Streams(blocks, *second, of_picture=inputs.picture is not None and set(through) == {inputs.picture})
 
 
 Roots = dict[Node, str]  # what the model is given, by the name of the argument; ids are embedded first: EMBEDDED
@@ -159,6 +159,7 @@ def look_round(model: nn.Module, inputs: Inputs, lists: dict[str, list[nn.Module
     """One forward pass whose graph begins at everything the model is given: floating-point tensors and embedded ids."""
     roots: Roots = {}
     calls: list[Call] = []
+    running: list[Call] = []
 
     def root(tensor: Tensor, name: str) -> Tensor:
         leaf = tensor.detach().requires_grad_()
@@ -180,13 +181,19 @@ def look_round(model: nn.Module, inputs: Inputs, lists: dict[str, list[nn.Module
             tensor = None if place is None else args[place] if isinstance(place, int) else kwargs[place]
             node = None if tensor is None or not tensor.requires_grad else get_gradient_edge(tensor).node
             calls.append(Call(name, block, node))
+            running.append(calls[-1])
 
         return hook
+
+    def leave(block, args, result):
+        tensor = next(filter(is_stream, result if isinstance(result, tuple | list) else [result]), None)
+        running.pop().left = None if tensor is None else tensor.grad_fn
 
     hooks = [m.register_forward_hook(embed) for m in plain(model).modules() if isinstance(m, nn.Embedding)]
     hooks += [
         block.register_forward_pre_hook(enter(name), with_kwargs=True) for name, blocks in lists.items() for block in blocks
     ]
+    hooks += [block.register_forward_hook(leave) for blocks in lists.values() for block in blocks]
     with removed(hooks), torch.enable_grad():
         answer = call(model, inputs)
     return answer, roots, calls
@@ -210,20 +217,21 @@ def tensors_in(answer: Any) -> list[Tensor]:
 
 def lists_between(ends: list[Node], root: Node, calls: list[Call]) -> set[str]:
     """The lists whose every run was given a separator of `root` and the answer, a new one each time. If there are none,
-    those of which that holds for the first run alone, and of the later ones that they depend on `root`."""
-    between, reached = separators(ends, root), dependents(ends, root)
+    those of which that holds for the first run alone. Every later run works on what the first one made of it."""
+    between = separators(ends, root)
     by_list: dict[str, list[Call]] = {}
     for one in calls:
         by_list.setdefault(one.name, []).append(one)
-    for needed in (between, reached):
-        passed = {}
-        for name, several in by_list.items():
-            entered = [one.entered for one in several]
-            if entered[0] in between and all(node in needed for node in entered) and len(set(entered)) == len(entered):
-                passed[name] = several
-        if passed:
-            return innermost(passed)
-    return set()
+    one_by_one, whole = {}, {}
+    for name, several in by_list.items():
+        entered = [one.entered for one in several]
+        if entered[0] in between and len(set(entered)) == len(entered) and several[0].left is not None:
+            behind = dependents(ends, several[0].left)
+            if all(node in behind for node in entered[1:]):
+                one_by_one[name] = several
+                if all(node in between for node in entered):
+                    whole[name] = several
+    return innermost(whole or one_by_one)
 
 
 def innermost(passed: dict[str, list[Call]]) -> set[str]:
