@@ -158,7 +158,7 @@ class Shares:
         return None
 
     def by_token(self, product: Tensor, place: Entrance) -> Tensor | None:
-        """(B, N) where the product's dimensions are those of the layer's tokens, else (B,), as if samples came first."""
+        """(B, N) where the dimensions are those of the layer's tokens, else (B,), as if samples came first."""
         dims = self.dimensions(place)
         if dims is not None:
             arranged = dims.arrange(product)

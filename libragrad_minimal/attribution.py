@@ -204,13 +204,12 @@ def tokens_and_gradients(run: Recording, layer: int) -> tuple[Tensor, Tensor]:
 
 def coarser(run: Recording, layer: int) -> int | None:
     """The k for which k x k cells of the picture are one token of this layer; None if no relation is known."""
-    here = run.axes[layer].sizes(run.stream[layer])
     if run.tokens[layer].shape[:2] == run.valid.shape:
         return 1
-    grid, prefix = run.layout.grid, run.layout.prefix
-    if grid is None or prefix is None:
+    here, prefix = run.axes[layer].sizes(run.stream[layer]), run.prefixes[layer]
+    if prefix is None:
         return None
-    return coarsening(grid, here) if prefix == 0 else coarsening(grid, (here[0] - prefix,)) if len(here) == 1 else None
+    return coarsening(run.layout.grid, here if prefix == 0 else (here[0] - prefix,))
 
 
 def spread(scores: Tensor, run: Recording, layer: int) -> Tensor:
@@ -221,15 +220,16 @@ def spread(scores: Tensor, run: Recording, layer: int) -> Tensor:
     if k is None:
         here, first = (" x ".join(map(str, run.axes[i].sizes(run.stream[i]))) for i in (layer, 0))
         raise ValueError(
-            f"block {layer} works on {here} tokens, the first block on {first}: no known relation between them; use IxG "
-            "or FullGrad, which read the first block's, or name the blocks of one stage, blocks=[...]"
+            f"block {layer} works on {here} tokens, the first block on {first}: no known relation between them; use "
+            "IxG or FullGrad, which read the first block's, or name the blocks of one stage, blocks=[...]"
         )
     cell = torch.zeros((), dtype=torch.long)
     for length in run.layout.grid:  # the number of the coarse cell that each fine one lies in, row by row
         cell = cell[..., None] * -(-length // k) + torch.arange(length) // k
-    cell, prefix = cell.flatten().to(scores.device), run.layout.prefix
+    cell, first, prefix = cell.flatten().to(scores.device), run.layout.prefix, run.prefixes[layer]
     fine = scores[:, prefix:][:, cell] / cell.bincount()[cell]
-    return torch.cat([scores[:, :prefix], fine], dim=1)
+    before = scores[:, :prefix] if first == prefix else scores.new_zeros(len(scores), first)
+    return torch.cat([before, fine], dim=1)
 
 
 def input_times_gradient(run: Recording, layer: int) -> Tensor:

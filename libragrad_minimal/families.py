@@ -235,8 +235,8 @@ def check_inputs(model: nn.Module, given: Any) -> None:
         raise ValueError(f"{name} is in training mode; call model.eval() first")
     if not isinstance(given, Tensor | Mapping):
         raise ValueError(
-            f"inputs are a {type(given).__name__}: give a tensor, pictures (B, 3, H, W) or token ids (B, T), or a dict of "
-            "the model's keyword arguments, as a tokenizer or processor returns"
+            f"inputs are a {type(given).__name__}: give a tensor, pictures (B, 3, H, W) or token ids (B, T), or a dict "
+            "of the model's keyword arguments, as a tokenizer or processor returns"
         )
     inputs = Inputs(given)
     for argument, tensor in inputs.tensors.items():
@@ -256,7 +256,9 @@ def check_inputs(model: nn.Module, given: Any) -> None:
         raise ValueError(f"the text has {text.shape[1]} tokens, and {name} knows {limit} positions: shorten it")
     known = vocabulary(model)
     if text is not None and known is not None and not text.is_floating_point() and int(text.max()) >= known:
-        raise ValueError(f"the text holds token id {int(text.max())}, and {name} knows {known}: is it another tokenizer's?")
+        raise ValueError(
+            f"the text holds token id {int(text.max())}, and {name} knows {known}: is it another tokenizer's?"
+        )
 
 
 def vocabulary(model: nn.Module) -> int | None:
@@ -277,7 +279,9 @@ def check_batch(model: nn.Module, inputs: Inputs) -> None:
     two_towers = pairs_pictures_and_texts(model)
     if one is not None and (only_pictures or two_towers and one.dim() > 2):
         if not one.is_floating_point():
-            raise ValueError(f"pictures must be floating-point numbers, got {one.dtype}: convert and normalise them first")
+            raise ValueError(
+                f"pictures must be floating-point numbers, got {one.dtype}: convert and normalise them first"
+            )
         if one.dim() == 3:
             raise ValueError(
                 f"pictures need four dimensions, (B, 3, H, W), got {tuple(one.shape)}: add the one of samples, "

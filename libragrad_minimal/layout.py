@@ -135,7 +135,9 @@ def layer_axes(first: Axes, tokens: Tensor, later: Tensor, grid: tuple[int, ...]
         options.sort(key=lambda axes: coarsening(grid, axes.sizes(later)) is None)
     fitting = [axes for axes in options if max(axes.tokens) < later.dim() and later.shape[axes.batch] == samples]
     if not fitting:
-        raise ValueError(f"a later block works on {tuple(later.shape)}, in which {samples} samples don't lie side by side")
+        raise ValueError(
+            f"a later block works on {tuple(later.shape)}, in which {samples} samples don't lie side by side"
+        )
     return fitting[0]
 
 
@@ -158,13 +160,17 @@ def sequence_layout(inputs: Inputs, tokens: Tensor) -> Layout:
         return Layout(Axes(0, tuple(range(1, tokens.dim() - 1))), why_no_grid=why)
     if tokens.shape[1] == inputs.samples and tokens.dim() == 3:
         return Layout(Axes(1, (0,)), why_no_grid=why)
-    raise ValueError(f"the first block works on {tuple(tokens.shape)}, which has no dimension of {inputs.samples} samples")
+    raise ValueError(
+        f"the first block works on {tuple(tokens.shape)}, which has no dimension of {inputs.samples} samples"
+    )
 
 
 def text_layout(inputs: Inputs, tokens: Tensor, ask: Callable[[Inputs], Tensor]) -> Layout:
     samples, length = inputs.text.shape[:2]
     pairs = itertools.permutations(range(tokens.dim() - 1), 2)
-    fitting = [Axes(batch, (dim,)) for batch, dim in pairs if (tokens.shape[batch], tokens.shape[dim]) == (samples, length)]
+    fitting = [
+        Axes(batch, (dim,)) for batch, dim in pairs if (tokens.shape[batch], tokens.shape[dim]) == (samples, length)
+    ]
     if len(fitting) == 1:
         return Layout(fitting[0])
     if samples == 1 and length == 1:
@@ -175,8 +181,8 @@ def text_layout(inputs: Inputs, tokens: Tensor, ask: Callable[[Inputs], Tensor])
             same = fitting and torch.equal(place, torch.arange(length, device=place.device))
             return Layout(axes) if same else Layout(axes, place)
     raise ValueError(
-        f"the first block works on {tuple(tokens.shape)} for a text of {samples} x {length} tokens, and changing single "
-        "tokens of the text doesn't tell which is which; name the blocks that work on the text, blocks=[...]"
+        f"the first block works on {tuple(tokens.shape)} for a text of {samples} x {length} tokens, and changing "
+        "single tokens of the text doesn't tell which is which; name the blocks that work on the text, blocks=[...]"
     )
 
 
@@ -283,7 +289,9 @@ def picture_layout(model: nn.Module, inputs: Inputs, tokens: Tensor, ask: Callab
         guesses += [(axes, where, grid) for grid in possible_grids(model, axes.sizes(tokens), where.shape[1], extent)]
     for draws in (1, DRAWS):  # cells row by row
         for axes, where, grid in guesses:
-            enough = min(sure, SURE_OF_SPACE) if grid.cells == axes.sizes(tokens) else sure if draws == 1 else sure - 0.15
+            enough = (
+                min(sure, SURE_OF_SPACE) if grid.cells == axes.sizes(tokens) else sure if draws == 1 else sure - 0.15
+            )
             if spells(grid, extent, where, partial(felt, axes, draws=draws), enough):
                 return Layout(axes, where[0] if (where == where[0]).all() else where, grid.cells)
     exact = [guess for guess in guesses if guess[2].is_exact(extent) and guess[2].cells != guess[0].sizes(tokens)]
@@ -292,8 +300,8 @@ def picture_layout(model: nn.Module, inputs: Inputs, tokens: Tensor, ask: Callab
         if all(sorted(row) == list(range(len(row))) for row in codes.tolist()):
             return Layout(axes, where.gather(1, codes.argsort(1)), grid.cells)
     raise ValueError(
-        f"the tokens that enter the first block of {name_of(model)}, {tuple(tokens.shape)}, don't lie on the picture of "
-        f"{' x '.join(map(str, extent))} in rows and columns, as changing parts of it shows; explain "
+        f"the tokens that enter the first block of {name_of(model)}, {tuple(tokens.shape)}, don't lie on the picture "
+        f"of {' x '.join(map(str, extent))} in rows and columns, as changing parts of it shows; explain "
         "libra_grad(output, pixels) instead, or name other blocks, blocks=[...]"
     )
 
@@ -366,17 +374,27 @@ def spelled_numbers(grid: Grid, extent: tuple[int, ...], where: Tensor, felt: Ca
 def with_picture(model: nn.Module, inputs: Inputs, layout: Layout, tokens: Tensor, ask: Callable) -> Layout:
     """A text's layout, and where in it the picture's tokens lie, as far as that can be told."""
     try:
-        place, grid = merged_patches(model, inputs) if inputs.picture is None else asked_picture(model, inputs, layout, tokens, ask)
+        place, grid = (
+            merged_patches(model, inputs)
+            if inputs.picture is None
+            else asked_picture(model, inputs, layout, tokens, ask)
+        )
     except ValueError as error:
-        return Layout(layout.axes, layout.place, why_no_grid=f"no map of the picture, only .scores of its tokens: {error}")
+        return Layout(
+            layout.axes, layout.place, why_no_grid=f"no map of the picture, only .scores of its tokens: {error}"
+        )
     return Layout(layout.axes, layout.place, grid, place)
 
 
-def asked_picture(model: nn.Module, inputs: Inputs, layout: Layout, tokens: Tensor, ask: Callable) -> tuple[Tensor, tuple]:
+def asked_picture(
+    model: nn.Module, inputs: Inputs, layout: Layout, tokens: Tensor, ask: Callable
+) -> tuple[Tensor, tuple]:
     pixels = inputs.tensors[inputs.picture]
     if len(pixels) != inputs.samples or pixels.dim() == 5 and pixels.shape[1] > 1:
         raise ValueError(f"it comes in several parts, {tuple(pixels.shape)}")
-    found = picture_layout(model, inputs, layout.axes.arrange(tokens), lambda i: layout.axes.arrange(ask(i)), SURE_IF_MIXED)
+    found = picture_layout(
+        model, inputs, layout.axes.arrange(tokens), lambda i: layout.axes.arrange(ask(i)), SURE_IF_MIXED
+    )
     place = found.place.expand(inputs.samples, -1) if found.place.dim() == 1 else found.place
     if layout.place is not None:
         place = torch.searchsorted(layout.place, place)

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from .families import Inputs, accepts, embedding_of, generates, name_of
 
 CHOICES = (
-    "readout=3 for row 3, readout=tensor of one row a sample, readout='last', or a function of the whole answer as target"
+    "readout=3 for row 3, readout=tensor of one row a sample, readout='last', or a function of the whole answer as "
+    "target"
 )
 
 
@@ -72,7 +73,9 @@ def explained(model: nn.Module, answer: Any, target: Any, readout: Any, rows: Te
     if answer.dim() > 2:
         answer = one_row(name, answer, readout, rows)
     elif readout is not None and not isinstance(readout, str):
-        raise ValueError(f"{name} answers with one row of {answer.shape[1]} numbers a sample: there is no row to choose")
+        raise ValueError(
+            f"{name} answers with one row of {answer.shape[1]} numbers a sample: there is no row to choose"
+        )
     if callable(target):
         return checked_output(target(answer), samples)
     return chosen_class(answer, target)
@@ -111,7 +114,7 @@ def one_row(name: str, answer: Tensor, readout: Any, rows: Tensor | None) -> Ten
         rows = torch.full((len(answer),), answer.shape[1] - 1)
     if rows is None:
         raise ValueError(
-            f"{name} answers with {answer.shape[1]} rows of {answer.shape[2]} numbers a sample: say which is explained, "
+            f"{name} answers with {answer.shape[1]} rows of {answer.shape[2]} numbers a sample: say which is meant, "
             + CHOICES
         )
     return answer[torch.arange(len(answer), device=answer.device), rows.to(answer.device)]
@@ -122,7 +125,9 @@ def masked_mean(name: str, answer: Tensor, mask: Tensor) -> Tensor:
     by_place = answer if answer.dim() == 3 else answer.flatten(2).transpose(1, 2)
     places = answer.shape[1:2] if answer.dim() == 3 else answer.shape[2:]
     if mask.shape not in (places, (len(answer), *places)):
-        raise ValueError(f"{name} answers for {' x '.join(map(str, places))} places, and the mask is {tuple(mask.shape)}")
+        raise ValueError(
+            f"{name} answers for {' x '.join(map(str, places))} places, and the mask is {tuple(mask.shape)}"
+        )
     weight = mask.to(answer.device).expand(len(answer), *places).flatten(1).to(answer.dtype)
     if (weight.sum(1) == 0).any():
         raise ValueError("the mask of readout is empty for a sample: there is nothing to explain")
@@ -132,7 +137,9 @@ def masked_mean(name: str, answer: Tensor, mask: Tensor) -> Tensor:
 def single_number(name: str, answer: Tensor, target: Any) -> Tensor:
     if target is None or not isinstance(target, Tensor) and target == 0 and not isinstance(target, bool):
         return answer
-    raise ValueError(f"{name} answers with one number a sample: there is no class {target}; target=None explains the number")
+    raise ValueError(
+        f"{name} answers with one number a sample: there is no class {target}; target=None explains the number"
+    )
 
 
 def checked_output(output: Any, samples: int) -> Tensor:
@@ -145,17 +152,21 @@ def checked_output(output: Any, samples: int) -> Tensor:
 def chosen_class(answer: Tensor, target: Any) -> Tensor:
     samples, classes = answer.shape
     if target is None:
-        raise ValueError(f"there is no target: give one of {classes} classes, weights for them, or a function of the answer")
+        raise ValueError(
+            f"there is no target: give one of {classes} classes, weights for them, or a function of the answer"
+        )
     weights = torch.as_tensor(target, device=answer.device)
     if weights.is_floating_point():
         if weights.shape not in ((classes,), (samples, classes)):
             raise ValueError(
-                f"a target of weights must end in {classes} numbers, one for each class (or for each sample and class); "
+                f"a target of weights must end in {classes} numbers, one for each class (or each sample and class); "
                 f"got shape {tuple(weights.shape)}"
             )
         return (answer * weights.to(answer.dtype)).sum(-1)
     if weights.dim() > 1 or weights.dim() == 1 and len(weights) != samples:
-        raise ValueError(f"need one target class, or one for each of {samples} samples; got shape {tuple(weights.shape)}")
+        raise ValueError(
+            f"need one target class, or one for each of {samples} samples; got shape {tuple(weights.shape)}"
+        )
     if not 0 <= weights.min() <= weights.max() < classes:
         raise ValueError(f"target classes must lie in 0..{classes - 1}, got {weights.tolist()}")
     return answer.gather(1, weights.long().expand(samples)[:, None])[:, 0]
@@ -173,8 +184,8 @@ def check_target(target: Any) -> None:
         number = torch.as_tensor(target)
     except (TypeError, ValueError, RuntimeError) as error:
         raise ValueError(
-            f"the target is a {type(target).__name__}: give a class (an int, or one for each sample), weights of classes, "
-            "or a function of the model's answer"
+            f"the target is a {type(target).__name__}: give a class (an int, or one for each sample), weights of "
+            "classes, or a function of the model's answer"
         ) from error
     if number.is_complex() or number.numel() == 0:
         raise ValueError(f"the target holds no class: it is {target!r}")

@@ -22,9 +22,19 @@ from .added_constants import Constant, ConstantShare, catch_shares, catch_tokens
 from .engine import LIBRA, Rules, libra_grad, observed
 from .engine.nodes import OPERANDS, noted, operation_name
 from .families import Inputs, attention_heads, call, name_of
-from .layout import Axes, Layout, first_tokens, layer_axes, layout_of
+from .layout import Axes, Layout, coarsening, first_tokens, layer_axes, layout_of
 from .readout import chosen_rows, explained, kept_rows
-from .streams import Streams, candidates, find_streams, dependents, is_stream, removed, separators, stream_argument, topological
+from .streams import (
+    Streams,
+    candidates,
+    dependents,
+    find_streams,
+    is_stream,
+    removed,
+    separators,
+    stream_argument,
+    topological,
+)
 
 # What a method may ask a recording for, beside the first tokens and their gradient.
 LAYERS = "layers"  # gradients at every block
@@ -135,8 +145,8 @@ class Recording:
         missing = set(what) - self.request.reads
         if missing:
             raise ValueError(
-                f"this recording holds no {' and no '.join(sorted(missing))}: say that your method reads them, with the "
-                "decorator @reads(...) of libragrad_minimal.attribution"
+                f"this recording holds no {' and no '.join(sorted(missing))}: say that your method reads them, with "
+                "the decorator @reads(...) of libragrad_minimal.attribution"
             )
 
     @cached_property
@@ -180,6 +190,28 @@ class Recording:
         """L attention maps (B, H, N, N): how much each query (row) takes from each key (column)."""
         return [self.per_head(place.softmax._saved_result.detach()) for place in self.attention_maps]
 
+    @cached_property
+    def prefixes(self) -> list[int | None]:
+        """L + 1: how many class tokens come before the picture's cells, which may have become coarser; None if the
+        tokens' number doesn't tell."""
+        return [self.prefix(layer) for layer in range(len(self.stream))]
+
+    def prefix(self, layer: int) -> int | None:
+        first, grid, sizes = self.layout.prefix, self.layout.grid, self.axes[layer].sizes(self.stream[layer])
+        if first is None or grid is None:
+            return None
+        if len(sizes) > 1:
+            return 0 if first == 0 and coarsening(grid, sizes) else None
+        if coarsening(grid, (sizes[0] - first,)):
+            return first
+        # a class token that comes in late is in front, if what is in front doesn't depend on the first tokens
+        late = next(i for i, h in enumerate(self.stream) if self.axes[i].sizes(h) == sizes)
+        if first or not coarsening(grid, (sizes[0] - 1,)):
+            return None
+        front = self.axes[late].arrange(self.stream[late])[:, :1].sum()
+        (gradient,) = torch.autograd.grad(front, self.stream[:1], retain_graph=True, allow_unused=True)
+        return 1 if gradient is None or not gradient.any() else None
+
     def per_head(self, maps: Tensor) -> Tensor:
         samples, tokens = self.valid.shape
         if maps.shape[-2:] != (tokens, tokens) or maps.numel() % (samples * tokens**2):
@@ -191,7 +223,7 @@ class Recording:
 
     @cached_property
     def after_attention(self) -> list[Tensor | None]:
-        """L of (B, N, C), the stream between attention and MLP, where there is one: what is added to a block's input."""
+        """L of (B, N, C), the stream between attention and MLP, where there is one: what a block's input became first."""
         self.asked_for(BETWEEN)
         return [self.middle(layer) for layer in range(len(self.stream) - 1)]
 
@@ -213,6 +245,7 @@ class Recording:
         constants = self.constants if CONSTANTS in reads else []
         if MAPS in reads:
             _ = self.reading  # needs the graph, too
+        _ = self.prefixes
         wanted = self.stream if LAYERS in reads else self.stream[:1]
         seconds = [self.second] if self.second is not None else []
         tokens_first = self.tokens_first(constants)
@@ -421,15 +454,19 @@ class Passed:
         if not self.stream:
             raise ValueError(f"{name} ran none of its blocks on this input; name those that run, blocks=[...]")
         if output.grad_fn is None:
-            raise ValueError(f"what is explained doesn't depend on the blocks of {name}: is it detached, or of another tower?")
+            raise ValueError(
+                f"what is explained doesn't depend on the blocks of {name}: is it detached, or of another tower?"
+            )
         if self.apart is not None:
             return
         reached = dependents([output.grad_fn], get_gradient_edge(self.stream[0]).node)
-        apart = [i for i, h in enumerate(self.stream) if not h.requires_grad or get_gradient_edge(h).node not in reached]
+        apart = [
+            i for i, h in enumerate(self.stream) if not h.requires_grad or get_gradient_edge(h).node not in reached
+        ]
         if apart:
             raise ValueError(
-                f"block {apart[0]} of {name} doesn't work on what the block before it made: there are several towers. Name "
-                f"the blocks of one, blocks=[...]; {candidates(self.request.model)}"
+                f"block {apart[0]} of {name} doesn't work on what the block before it made: there are several towers. "
+                f"Name the blocks of one, blocks=[...]; {candidates(self.request.model)}"
             )
 
 
@@ -497,8 +534,8 @@ def check_memory(model: nn.Module, tokens: Tensor, blocks: int) -> None:
     free = free_memory(tokens.device)
     if free is not None and needed > free:
         raise ValueError(
-            f"a method that reads attention maps needs {needed / 1e9:.1f} GB for {blocks} blocks of {length} x {length} "
-            f"tokens, and {free / 1e9:.1f} GB are free; use FullGrad+ or IxG, which need none, or a shorter input"
+            f"a method that reads attention maps needs {needed / 1e9:.1f} GB for {blocks} blocks of "
+            f"{length} x {length} tokens, and {free / 1e9:.1f} GB are free; use FullGrad+ or IxG, which need none, or a shorter input"
         )
 
 

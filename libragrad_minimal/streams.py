@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import Node, get_gradient_edge
 
-from .families import STREAM_ARGUMENTS, Inputs, call, name_of, plain, searched
+from .families import EMBEDDINGS, STREAM_ARGUMENTS, Inputs, call, name_of, plain, searched
 
 Argument = int | str  # of a block: a position or a name
 
@@ -97,7 +97,9 @@ def is_single_layer(module: nn.Module) -> bool:
 
 def candidates(model: nn.Module) -> str:
     lists = lists_of_blocks(plain(model))
-    told = (f"{name or '(the model itself)'} ({len(blocks)} {type(blocks[0]).__name__})" for name, blocks in lists.items())
+    told = (
+        f"{name or '(the model itself)'} ({len(blocks)} {type(blocks[0]).__name__})" for name, blocks in lists.items()
+    )
     return f"its lists of modules are {', '.join(told) or 'none'}"
 
 
@@ -147,8 +149,9 @@ def streams_in_graph(model: nn.Module, inputs: Inputs, lists: dict[str, list[nn.
     chosen.sort(key=[call.name for call in calls].index)
     ran = {call.block for call in calls}
     blocks, *second = (tuple(block for block in lists[name] if block in ran) for name in chosen)
-    through = [roots[root] for root, names in served.items() if chosen[0] in names]
-    return Streams(blocks, *second, of_picture=inputs.picture is not None and set(through) == {inputs.picture})
+    through = {roots[root] for root, names in served.items() if chosen[0] in names}
+    of_picture = inputs.words is not None and not through & {EMBEDDED, EMBEDDINGS}
+    return Streams(blocks, *second, of_picture=of_picture)
 
 
 Roots = dict[Node, str]  # what the model is given, by the name of the argument; ids are embedded first: EMBEDDED
@@ -191,7 +194,9 @@ def look_round(model: nn.Module, inputs: Inputs, lists: dict[str, list[nn.Module
 
     hooks = [m.register_forward_hook(embed) for m in plain(model).modules() if isinstance(m, nn.Embedding)]
     hooks += [
-        block.register_forward_pre_hook(enter(name), with_kwargs=True) for name, blocks in lists.items() for block in blocks
+        block.register_forward_pre_hook(enter(name), with_kwargs=True)
+        for name, blocks in lists.items()
+        for block in blocks
     ]
     hooks += [block.register_forward_hook(leave) for blocks in lists.values() for block in blocks]
     with removed(hooks), torch.enable_grad():

@@ -23,9 +23,9 @@ from transformers import (
 )
 
 from libragrad_minimal.attribution import COMPOSED_WITH_IG, METHODS, attribute, attribute_many
+from libragrad_minimal.engine import ALI_LRP, ATTN_LRP, DECOMPX, LIBRA, PLAIN
 from libragrad_minimal.families import Inputs
 from libragrad_minimal.recording import MAPS, Request, record
-from libragrad_minimal.engine import ALI_LRP, ATTN_LRP, DECOMPX, LIBRA, PLAIN
 
 RESIDUAL = replace(LIBRA, residual=True)
 FEW_STEPS = {name: {"steps": 3} for name in METHODS if name.startswith("IG")}
@@ -487,7 +487,8 @@ def test_fused_attention_is_seen_too():
     model(PICTURES)
     assert len(maps) == 3
     torch.testing.assert_close(attribute(model, PICTURES, 3, "Gradient Attention Rollout").scores, fused)
-    for seen, expected in zip(record(Request(model, Inputs(PICTURES), 3, reads=frozenset({MAPS}))).attention, maps[:3], strict=True):
+    run = record(Request(model, Inputs(PICTURES), 3, reads=frozenset({MAPS})))
+    for seen, expected in zip(run.attention, maps[:3], strict=True):
         torch.testing.assert_close(seen, expected)
 
 

@@ -4,7 +4,7 @@ import pytest
 import timm
 import torch
 import transformers
-from small_models import IDS, PICTURES, TEXT, VISION, perturbed
+from small_models import IDS, PICTURES, TEXT, perturbed
 
 from libragrad_minimal import attribute, libra_grad
 
@@ -134,7 +134,9 @@ def peak_bytes(function) -> int:
 @pytest.mark.parametrize("method", ["IxG", "FullGrad+"])
 def test_memory_is_that_of_libra_grad(method):
     """And so linear in the number of tokens: no T x T map, no logits but the last position's."""
-    config = transformers.LlamaConfig(**{**TEXT, "vocab_size": 3000}, num_key_value_heads=2, max_position_embeddings=4096)
+    config = transformers.LlamaConfig(
+        **{**TEXT, "vocab_size": 3000}, num_key_value_heads=2, max_position_embeddings=4096
+    )
     model = transformers.LlamaForCausalLM(config).eval().requires_grad_(False)
     ids = torch.randint(0, 3000, (1, 1024))
 

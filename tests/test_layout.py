@@ -45,9 +45,7 @@ def test_pictures_of_any_size(size):
     model = perturbed(ViTForImageClassification(ViTConfig(**VISION, num_labels=5)), 0.05)
     pictures = torch.randn(1, 3, *size)
     inputs = {"pixel_values": pictures, "interpolate_pos_encoding": True}
-    assert_map_lies_on_pixels(
-        model, inputs, pictures, lambda x: model(x, interpolate_pos_encoding=True).logits[:, 1]
-    )
+    assert_map_lies_on_pixels(model, inputs, pictures, lambda x: model(x, interpolate_pos_encoding=True).logits[:, 1])
 
 
 class Resizing(nn.Module):
@@ -64,7 +62,9 @@ def test_a_wrapper_that_resizes():
     assert result.grid == (4, 4)
 
 
-@pytest.mark.parametrize("changes", [dict(reg_tokens=4), dict(class_token=False, global_pool="avg"), dict(img_size=(32, 48))])
+@pytest.mark.parametrize(
+    "changes", [dict(reg_tokens=4), dict(class_token=False, global_pool="avg"), dict(img_size=(32, 48))]
+)
 def test_class_tokens_and_registers_are_told_from_patches(changes):
     model = tiny_vit(**changes)
     pictures = torch.randn(2, 3, *changes.get("img_size", (32, 32)))
@@ -150,6 +150,17 @@ def test_timms_pyramids(name, grid):
     model = perturbed(timm.create_model(name, num_classes=5, **size), 0.02)
     result = attribute(model, torch.randn(1, 3, 64, 64), 1)
     assert result.grid == grid
+    assert result.completeness_error < 1e-3 * result.output.abs()
+
+
+@pytest.mark.parametrize(
+    "name, grid", [("convit_tiny", (14, 14)), ("pit_ti_224", (27, 27)), ("coat_lite_tiny", (56, 56))]
+)
+def test_class_tokens_that_come_late_or_stay_in_front_of_every_stage(name, grid):
+    torch.manual_seed(0)
+    model = perturbed(timm.create_model(name, num_classes=5), 0.02)
+    result = attribute(model, torch.randn(1, 3, 224, 224), 1)
+    assert result.grid == grid and result.scores.shape == (1, grid[0] * grid[1])
     assert result.completeness_error < 1e-3 * result.output.abs()
 
 

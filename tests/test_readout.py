@@ -43,7 +43,9 @@ def test_rows_of_padding_are_refused():
 def test_queries_and_pixels():
     config = transformers.YolosConfig(**{**VISION, "image_size": [32, 32]}, num_detection_tokens=4, num_labels=5)
     yolos = perturbed(transformers.YolosForObjectDetection(config))
-    torch.testing.assert_close(attribute(yolos, PICTURES, 1, readout=2).output, yolos(PICTURES).logits[:, 2, 1].detach())
+    torch.testing.assert_close(
+        attribute(yolos, PICTURES, 1, readout=2).output, yolos(PICTURES).logits[:, 2, 1].detach()
+    )
 
     class Segmenter(nn.Module):
         def __init__(self):
@@ -86,7 +88,9 @@ def test_logits_of_other_positions_are_not_computed():
 
 
 def test_towers_without_logits():
-    tower = perturbed(transformers.CLIPVisionModelWithProjection(transformers.CLIPVisionConfig(**VISION, projection_dim=6)))
+    tower = perturbed(
+        transformers.CLIPVisionModelWithProjection(transformers.CLIPVisionConfig(**VISION, projection_dim=6))
+    )
     direction = torch.randn(2, 6)
     result = attribute(tower, PICTURES, direction)
     torch.testing.assert_close(result.output, (tower(PICTURES).image_embeds * direction).sum(1).detach())
@@ -100,7 +104,9 @@ def test_towers_without_logits():
 
 def test_pairs_explain_the_picture_for_given_texts():
     text = {**TEXT, "bos_token_id": 0, "eos_token_id": 1}
-    model = perturbed(transformers.CLIPModel(transformers.CLIPConfig(text_config=text, vision_config=VISION, projection_dim=6)))
+    model = perturbed(
+        transformers.CLIPModel(transformers.CLIPConfig(text_config=text, vision_config=VISION, projection_dim=6))
+    )
     inputs = {"input_ids": IDS.repeat(2, 1)[:3], "pixel_values": PICTURES}
     result = attribute(model, inputs, 2)
     torch.testing.assert_close(result.output, model(**inputs).logits_per_image[:, 2].detach())
@@ -132,7 +138,11 @@ def test_answers_of_other_shapes(wrapped):
         (masked_language_model, dict(target=3, readout=9), "row 9, and the text has 9 tokens"),
         (masked_language_model, dict(target=3, readout=torch.zeros(9, dtype=torch.bool)), "mask of readout is empty"),
         (masked_language_model, dict(target=3, readout=torch.ones(8, dtype=torch.bool)), "9 places, and the mask is"),
-        (masked_language_model, dict(target=lambda answer: answer[:, 0]), r"one number per sample \(2,\), got \(2, 200\)"),
+        (
+            masked_language_model,
+            dict(target=lambda answer: answer[:, 0]),
+            r"one number per sample \(2,\), got \(2, 200\)",
+        ),
     ],
 )
 def test_unclear_readouts_are_refused(build, options, message):

@@ -93,7 +93,9 @@ def test_separators_by_hand():
 def test_a_tower_that_does_not_run_is_passed_over():
     vision = {"model_type": "siglip_vision_model", **VISION}
     text = {"model_type": "gemma3_text", **TEXT, "num_key_value_heads": 2, "head_dim": 8}
-    config = transformers.Gemma3Config(text_config=text, vision_config=vision, mm_tokens_per_image=4, image_token_index=199)
+    config = transformers.Gemma3Config(
+        text_config=text, vision_config=vision, mm_tokens_per_image=4, image_token_index=199
+    )
     model = perturbed(transformers.Gemma3ForConditionalGeneration(config))
     result = attribute(model, IDS, 3)
     assert result.scores.shape == IDS.shape
@@ -141,7 +143,9 @@ def test_encoders_and_decoders_have_scores_each(build):
         return hook
 
     seen = set()
-    encoder, decoder = (getattr(part, "block", None) or part.layers for part in (model.get_encoder(), model.get_decoder()))
+    encoder, decoder = (
+        getattr(part, "block", None) or part.layers for part in (model.get_encoder(), model.get_decoder())
+    )
     hooks = [part[0].register_forward_pre_hook(keep(i), with_kwargs=True) for i, part in enumerate((encoder, decoder))]
     output = model(**inputs).logits[:, -1, 3]
     for hook in hooks:
@@ -197,7 +201,9 @@ def test_constants_that_come_in_by_any_way_count(frozen):
         output = model(PICTURES)[:, 1]
     constants = additive_constants(output, h)
     gradients = libra_grad(output, (h, *constants))
-    torch.testing.assert_close(sum((t * g).sum() for t, g in zip((h, *constants), gradients, strict=True)), output.sum())
+    torch.testing.assert_close(
+        sum((t * g).sum() for t, g in zip((h, *constants), gradients, strict=True)), output.sum()
+    )
 
 
 def test_experts_mix_the_rows_of_a_batch():
