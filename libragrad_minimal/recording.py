@@ -223,7 +223,7 @@ class Recording:
 
     @cached_property
     def after_attention(self) -> list[Tensor | None]:
-        """L of (B, N, C), the stream between attention and MLP, where there is one: what a block's input became first."""
+        """L of (B, N, C), where there is one: the stream between attention and MLP, block input plus one term."""
         self.asked_for(BETWEEN)
         return [self.middle(layer) for layer in range(len(self.stream) - 1)]
 
@@ -533,9 +533,10 @@ def check_memory(model: nn.Module, tokens: Tensor, blocks: int) -> None:
     needed = 2 * blocks * attention_heads(model) * tokens.shape[0] * length**2 * tokens.element_size()
     free = free_memory(tokens.device)
     if free is not None and needed > free:
+        needed, free = (f"{size / 1e9:.1f} GB" for size in (needed, free))
         raise ValueError(
-            f"a method that reads attention maps needs {needed / 1e9:.1f} GB for {blocks} blocks of "
-            f"{length} x {length} tokens, and {free / 1e9:.1f} GB are free; use FullGrad+ or IxG, which need none, or a shorter input"
+            f"a method that reads attention maps needs {needed} for {blocks} blocks of {length} x {length} "
+            f"tokens, and {free} are free; use FullGrad+ or IxG, which need none, or a shorter input"
         )
 
 

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import Node, get_gradient_edge
 
-from .families import EMBEDDINGS, STREAM_ARGUMENTS, Inputs, call, name_of, plain, searched
+from .families import STREAM_ARGUMENTS, Inputs, call, name_of, plain, searched
 
 Argument = int | str  # of a block: a position or a name
 
@@ -126,7 +126,8 @@ class Call:
 
     name: str  # of its list
     block: nn.Module
-    entered: Node | None  # what it was given; None if it doesn't depend on the inputs
+    entered: Node | None = None  # what it was given; None if it doesn't depend on the inputs
+    shape: tuple[int, ...] = ()
     left: Node | None = None  # what it returned
 
 
@@ -150,12 +151,11 @@ def streams_in_graph(model: nn.Module, inputs: Inputs, lists: dict[str, list[nn.
     ran = {call.block for call in calls}
     blocks, *second = (tuple(block for block in lists[name] if block in ran) for name in chosen)
     through = {roots[root] for root, names in served.items() if chosen[0] in names}
-    of_picture = inputs.words is not None and not through & {EMBEDDED, EMBEDDINGS}
+    of_picture = inputs.words is not None and not any(inputs.tensors[name] is inputs.words for name in through)
     return Streams(blocks, *second, of_picture=of_picture)
 
 
-Roots = dict[Node, str]  # what the model is given, by the name of the argument; ids are embedded first: EMBEDDED
-EMBEDDED = "embedded"
+Roots = dict[Node, str]  # what the model is given, ids once they are embedded -> the name of the argument
 
 
 def look_round(model: nn.Module, inputs: Inputs, lists: dict[str, list[nn.Module]]) -> tuple[Any, Roots, list[Call]]:
@@ -172,19 +172,27 @@ def look_round(model: nn.Module, inputs: Inputs, lists: dict[str, list[nn.Module
     for name, tensor in inputs.tensors.items():
         if tensor.is_floating_point() and tensor.dim() > 1 and "mask" not in name:
             inputs = inputs.replaced(name, root(tensor, name))
-    ids = {tuple(tensor.shape) for tensor in inputs.tensors.values() if not tensor.is_floating_point()}
+    ids = {tuple(tensor.shape): name for name, tensor in inputs.tensors.items() if not tensor.is_floating_point()}
+    ids |= {tuple(inputs.words.shape): name for name, tensor in inputs.tensors.items() if tensor is inputs.words}
 
     def embed(module, args, result):
         if args and isinstance(args[0], Tensor) and tuple(args[0].shape) in ids:
-            return root(result, EMBEDDED)
+            return root(result, ids[tuple(args[0].shape)])
 
     def enter(name):
         def hook(block, args, kwargs):
             place = stream_argument(args, kwargs)
+            one = Call(name, block)
+            calls.append(one)
+            running.append(one)
             tensor = None if place is None else args[place] if isinstance(place, int) else kwargs[place]
-            node = None if tensor is None or not tensor.requires_grad else get_gradient_edge(tensor).node
-            calls.append(Call(name, block, node))
-            running.append(calls[-1])
+            if tensor is None or not tensor.requires_grad:
+                return None
+            given = tensor.clone()  # what else the tensor is used for leads past the block
+            one.entered, one.shape = given.grad_fn, tuple(given.shape)
+            if isinstance(place, int):
+                return (*args[:place], given, *args[place + 1 :]), kwargs
+            return args, {**kwargs, place: given}
 
         return hook
 
@@ -221,31 +229,35 @@ def tensors_in(answer: Any) -> list[Tensor]:
 
 
 def lists_between(ends: list[Node], root: Node, calls: list[Call]) -> set[str]:
-    """The lists whose every run was given a separator of `root` and the answer, a new one each time. If there are none,
-    those of which that holds for the first run alone. Every later run works on what the first one made of it."""
+    """The lists whose every run was given a separator of `root` and the answer. If there are none, those of which that
+    holds for the first run alone. Every later run works on what the first one made of it."""
     between = separators(ends, root)
     by_list: dict[str, list[Call]] = {}
     for one in calls:
         by_list.setdefault(one.name, []).append(one)
-    one_by_one, whole = {}, {}
+    passed, whole = {}, set()
     for name, several in by_list.items():
         entered = [one.entered for one in several]
-        if entered[0] in between and len(set(entered)) == len(entered) and several[0].left is not None:
+        if entered[0] in between and several[0].left is not None:
             behind = dependents(ends, several[0].left)
             if all(node in behind for node in entered[1:]):
-                one_by_one[name] = several
+                passed[name] = several
                 if all(node in between for node in entered):
-                    whole[name] = several
-    return innermost(whole or one_by_one)
+                    whole.add(name)
+    blocks = innermost(passed)
+    return blocks & whole or blocks
 
 
 def innermost(passed: dict[str, list[Call]]) -> set[str]:
-    """Of lists within lists the inner one, where it is part of every member of the outer."""
+    """Of lists within lists the inner one, where it is part of every member of the outer: the blocks of a pyramid's
+    stages. Members of the outer that all work on tensors of one shape are blocks themselves, the inner their parts."""
     for outer in list(passed):
         for inner in list(passed):
             if outer in passed and inner in passed and is_within(passed[inner], passed[outer]):
-                covered = all(any(one.block in set(b.block.modules()) for one in passed[inner]) for b in passed[outer])
-                del passed[outer if covered else inner]
+                members = passed[outer]
+                alike = len(members) > 1 and len({one.shape for one in members}) == 1
+                covered = all(any(one.block in set(b.block.modules()) for one in passed[inner]) for b in members)
+                del passed[outer if covered and not alike else inner]
     return set(passed)
 
 
