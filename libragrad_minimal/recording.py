@@ -345,7 +345,7 @@ def record(
         copies: hand each block a copy of its tokens, because one of them changes them in place.
     """
     if apart is not None:
-        request = replace(request, reads=request.reads | {LAYERS})
+        request = replace(request, reads=frozenset({LAYERS, MAPS, MAP_GRADIENTS}))
     model, inputs, reads = request.model, request.inputs, request.reads
     streams = find_streams(model, inputs, request.blocks)
     rows = chosen_rows(model, inputs, request.target, request.readout)
