@@ -17,13 +17,11 @@ from PIL import Image
 from torch import Tensor
 
 from .attribution import METHODS, Attribution, attribute
-from .backward import audit
-from .graph import Audit
+from .engine import ALI_LRP, ATTN_LRP, DECOMPX, LIBRA, PLAIN, Audit, audit
 from .models import LoadedModel, load_demo, load_pretrained, token_texts
 from .pictures import open_picture
 from .plots import Strip, TokenStrips, heatmaps
 from .prompts import attribute_prompts
-from .rules import ALI_LRP, ATTN_LRP, DECOMPX, LIBRA, PLAIN
 from .scenes import draw_scene
 
 RULES = {

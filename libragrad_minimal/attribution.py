@@ -18,8 +18,8 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from .engine import LIBRA, Rules
 from .recording import Gradients, Recording, picture_size, record
-from .rules import LIBRA, Rules
 
 Scores = Tensor | tuple[Tensor, Tensor]
 

@@ -13,9 +13,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from .attribution import METHODS, check_method, patch_grid
+from .engine import LIBRA, Rules
 from .models import LoadedModel
 from .recording import record
-from .rules import LIBRA, Rules
 
 
 @dataclass(frozen=True)

@@ -19,9 +19,9 @@ from torch.autograd.graph import Node
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
-from .backward import libra_grad
-from .residual import ADDITIONS, record_residuals
-from .rules import LIBRA, Rules, operation_name
+from .engine import LIBRA, Rules, libra_grad, record_residuals
+from .engine.nodes import operation_name
+from .engine.observed import ADDITIONS
 
 BLOCK_LISTS = ("blocks", "layers", "layer", "h", "resblocks")  # timm; Llama, BERT, GPT-2 in transformers; open_clip
 

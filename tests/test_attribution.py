@@ -24,9 +24,9 @@ from transformers import (
     ViTForImageClassification,
 )
 
+from libragrad_minimal import ALI_LRP, ATTN_LRP, DECOMPX, LIBRA, PLAIN
 from libragrad_minimal.attribution import COMPOSED_WITH_IG, METHODS, attribute, attribute_many
 from libragrad_minimal.recording import record
-from libragrad_minimal.rules import ALI_LRP, ATTN_LRP, DECOMPX, LIBRA, PLAIN
 
 RESIDUAL = replace(LIBRA, residual=True)
 FEW_STEPS = {name: {"steps": 3} for name in METHODS if name.startswith("IG")}
