@@ -111,7 +111,7 @@ def halved(plan: Plan) -> int:
     return sum(treatment.label == "product halved" for treatment in plan.treatments.values())
 
 
-# ---- constants without a gradient, where the graph shows that there is one ---------------------------------------------
+# ---- constants without a gradient, where the graph shows that there is one -------------------------------------------
 
 
 def without_graph(*operands: int) -> Callable[[Node], bool]:
@@ -174,7 +174,8 @@ def written_slice(node: Node) -> bool:
 HIDES: dict[str, Callable[[Node], bool]] = {
     **dict.fromkeys("Add Sub Rsub Cat Stack Complex Lerp".split(), any_without_graph),
     **dict.fromkeys(
-        "IndexFill IndexCopy IndexPut IndexAdd Scatter ScatterAdd SliceScatter SelectScatter MaskedScatter Fill".split(),
+        "IndexFill IndexCopy IndexPut IndexAdd Scatter ScatterAdd SliceScatter SelectScatter MaskedScatter "
+        "Fill".split(),
         any_without_graph,
     ),
     **dict.fromkeys("Addmm Baddbmm Addbmm Addmv Addr Addcmul".split(), added_product),

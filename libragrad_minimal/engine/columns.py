@@ -38,7 +38,7 @@ def widest(a: Reach, b: Reach) -> Reach:
 
 
 def reach_of_operand(node: Node, operand: int, results: Sequence[tuple[int, Reach]]) -> Reach:
-    """Where gradient can lie in an operand of `node`; results: which of its results it arrives at, and where in them."""
+    """Where gradient can lie in an operand of `node`; results: where it arrives."""
     if not is_native(node) or not results:
         return None
     name = operation_name(node)

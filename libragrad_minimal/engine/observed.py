@@ -291,7 +291,7 @@ RANDOM = {
 }
 
 
-# ---- functions whose constant is no argument that could require grad: the same values by another way ------------------
+# ---- functions whose constant is no argument that could require grad: the same values by another way -----------------
 
 
 def batch_norm(function: Callable, live: Tensor, args: list[Any], kwargs: dict[str, Any]) -> Tensor:

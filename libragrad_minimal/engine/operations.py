@@ -368,4 +368,4 @@ def cure(node: Node, only_linear_above: bool) -> str:
         return "run the forward pass inside observed(), which makes its 1/2 a constant; or explain the logit before it"
     if only_linear_above:
         return AT_THE_OUTPUT.get(name, "explain the logit before it")
-    return "it has no complete form as the stream: explain from its result on, by giving libra_grad that tensor as the input"
+    return "it has no complete form as the stream: explain from its result on: give libra_grad that tensor as the input"

@@ -52,7 +52,7 @@ class Treatment:
 
 
 class Arrival(NamedTuple):
-    """What arrives at one result of a node: the stream's gradient or one inside a switched-off rule, and where in it."""
+    """What arrives at one result of a node: the stream's gradient or one inside a switched-off rule; and where."""
 
     is_stream: bool
     reach: Reach
