@@ -258,7 +258,7 @@ def deletion(
     Returns:
         Method name -> its two curves.
     Raises:
-        ValueError: no scores, scores that differ in shape or hold NaN, fractions outside [0, 1], logits of another shape.
+        ValueError: no scores, scores of different shapes or with NaN, fractions outside [0, 1], misshapen logits.
     """
     scores = {name: values.detach().flatten(1).to(inputs.device) for name, values in scores.items()}
     present, removable = _check_deletion(inputs, scores, removable, attention_mask, fractions)
