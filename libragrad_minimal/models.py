@@ -349,4 +349,7 @@ def damaged(path: Path, why: str) -> ValueError:
 
 def _how_to_rebuild(path: Path) -> str:
     script = path.stem.replace("demo_", "train_") + ".py"
-    return f"Get it back with `git checkout -- data/{path.name}`, or make it again: `python data/{script}`."
+    return (
+        f"Get it back by installing the package again, in a clone with `git checkout -- data/{path.name}`; "
+        f"or make it again there: `python data/{script}`."
+    )

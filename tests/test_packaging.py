@@ -117,7 +117,8 @@ def test_the_command_line_without_its_extra_says_so_in_one_sentence(installed):
     [("timm", ["audit", "vit"]), ("open_clip", ["audit", "clip"]), ("transformers", ["text", "Ben has a red kite."])],
 )
 def test_a_command_whose_models_come_from_an_absent_library_says_so(package, arguments, monkeypatch, capsys):
-    monkeypatch.setitem(sys.modules, package, None)
+    for name in {package, *(name for name in sys.modules if name.startswith(f"{package}."))}:
+        monkeypatch.setitem(sys.modules, name, None)
     assert cli.main(arguments) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert f"needs {package}" in line and "pip install 'libragrad_minimal[notebooks]'" in line
