@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import inspect
 import zlib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass
+from functools import partial, reduce
 from typing import Any
 
 import torch
@@ -85,7 +86,8 @@ def attribute_many(
     for name, options in methods.items():
         check_method(name, options)
     run = record(model, inputs, target, rules)
-    prefix, grid = (0, None) if run.is_text else patch_grid(model, run, picture_size(inputs))
+    size = picture_size(inputs)
+    prefix, grid = (0, None) if size is None else patch_grid(model, run, size)
     output, results = run.output.detach(), {}
     for name, options in methods.items():
         result = METHODS[name](run, **options)
@@ -107,7 +109,8 @@ def check_method(method: str, options: Iterable[str]) -> None:
 def patch_grid(model: nn.Module, run: Recording, size: tuple[int, int]) -> tuple[int, tuple[int, int]]:
     """How many class and register tokens come first, and the (rows, columns) of the patches after them."""
     if run.tokens[0].dim() == 4:
-        return 0, tuple(run.tokens[0].shape[1:3])
+        rows, columns = run.tokens[0].shape[1:3]
+        return 0, (rows, columns)
     tokens, (height, width) = run.valid.shape[1], size
     known = getattr(model, "num_prefix_tokens", 0)  # timm's word; some of its models add their class token later
     for prefix in [known, *range(tokens)]:
@@ -194,7 +197,8 @@ def fullgrad_plus(run: Recording) -> Scores:
     layers = range(len(run.tokens) - 1)
     if run.is_text:
         every = [fullgrad(run, layer) for layer in layers]
-        return tuple(torch.stack(part).mean(0) for part in zip(*every, strict=True))
+        scores, total = (torch.stack(part).mean(0) for part in zip(*every, strict=True))
+        return scores, total
     first, total = fullgrad(run)
     return first + sum(input_times_gradient(run, layer) for layer in layers[1:]), total
 
@@ -307,13 +311,17 @@ def genatt(run: Recording) -> Scores:
 
 def attcat(run: Recording) -> Scores:
     """AttCAT (Qiang et al. 2022): attention received in a block times input x gradient of the next."""
-    return sum(received(run, a) * input_times_gradient(run, layer + 1) for layer, a in enumerate(run.attention))
+
+    def one_block(layer):
+        return received(run, run.attention[layer]) * input_times_gradient(run, layer + 1)
+
+    return sum(map(one_block, range(len(run.attention))))
 
 
 def tokentm(run: Recording) -> Scores:
     """Token transformation matters (Wu et al. 2024)."""
-    attention, middle = run.attention, run.after_attention
-    if any(m is None for m in middle):
+    attention, middle = run.attention, [h for h in run.after_attention if h is not None]
+    if len(middle) < len(attention):
         raise ValueError(
             "TokenTM needs a residual stream between attention and MLP, and these blocks run them side by side"
         )
@@ -345,15 +353,12 @@ def legrad(run: Recording) -> Scores:
 # ---- gradients averaged over many inputs -----------------------------------------------------------------------------
 
 
-def mean_gradients(run: Recording, starts: list[Callable[[Tensor], Tensor]]) -> Gradients:
+def mean_gradients(run: Recording, starts: Sequence[Callable[[Tensor], Tensor]]) -> Gradients:
     """The mean of the gradients of runs that start from other tokens."""
     if not starts:
         raise ValueError("gradients are averaged over at least one step or sample, got 0")
-    sums = None
-    for start in tqdm(starts, "gradients", disable=None, leave=False):
-        here = run.rerun(start=start).gradients
-        sums = here if sums is None else add_gradients(sums, here)
-    return Gradients(*([total / len(starts) for total in totals] for totals in sums))
+    each = (run.rerun(start=start).gradients for start in tqdm(starts, "gradients", disable=None, leave=False))
+    return Gradients(*([total / len(starts) for total in totals] for totals in reduce(add_gradients, each)))
 
 
 def add_gradients(first: Gradients, second: Gradients) -> Gradients:
@@ -370,8 +375,8 @@ def with_gradients(run: Recording, gradients: Gradients) -> Recording:
 def along_path(run: Recording, steps: int) -> Recording:
     """The same recording, its gradients averaged along the straight path from zero tokens (midpoint rule)."""
     if steps not in run.path_gradients:
-        fractions = [(step + 0.5) / steps for step in range(steps)]
-        run.path_gradients[steps] = mean_gradients(run, [lambda h, f=f: f * h for f in fractions])
+        starts = [partial(torch.mul, other=(step + 0.5) / steps) for step in range(steps)]
+        run.path_gradients[steps] = mean_gradients(run, starts)
     return with_gradients(run, run.path_gradients[steps])
 
 

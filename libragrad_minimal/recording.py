@@ -108,7 +108,8 @@ class record_additions(TorchFunctionMode):
                     bias = bias.reshape(-1, *[1] * (result.dim() - 2))  # one number a channel
                 self.constant(bias, result, dimension)
         elif function in ADDITIONS and len(args) == 2 and all(isinstance(operand, Tensor) for operand in args):
-            self.addition(*args, result)
+            first, second = args
+            self.addition(first, second, result)
             for operand in args:
                 if isinstance(operand, nn.Parameter):
                     self.constant(operand, result)
@@ -145,7 +146,7 @@ RESHAPES = {
 class AttentionMap(NamedTuple):
     """Where one attention map sits in the graph: the softmax, and the product that applies it to the values."""
 
-    softmax: Node
+    softmax: Any  # a node; what it saved is no part of Node's type
     product: Node
     factor: int  # which operand of the product it is
 
@@ -204,7 +205,8 @@ class Recording:
     def attention_maps(self) -> list[AttentionMap]:
         """Where each block's attention map sits. Raises ValueError where there isn't one in every block."""
         stop = {h.grad_fn for h in self.tokens if h.grad_fn is not None}
-        found = [find_attention(after.grad_fn, stop - {after.grad_fn}) for after in self.tokens[1:]]
+        ends = [after.grad_fn for after in self.tokens[1:]]
+        found = [find_attention(end, stop - {end}) if end is not None else [] for end in ends]
         if not any(found):
             raise ValueError("this model has no attention maps to read; use a method without, such as FullGrad+ or IxG")
         for layer, maps in enumerate(found):
@@ -372,7 +374,7 @@ def record(
     )
 
 
-def run(model: nn.Module, inputs: Tensor | Mapping[str, Tensor]) -> tuple[Tensor, Tensor | None]:
+def run(model: Any, inputs: Tensor | Mapping[str, Tensor]) -> tuple[Tensor, Tensor | None]:
     """The model's answer, (B, classes) or (B, N, classes) or image features (B, D), and the attention mask."""
     if hasattr(model, "encode_image"):  # open_clip
         return model.encode_image(inputs, normalize=True), None
@@ -396,7 +398,10 @@ def is_decoder(model: nn.Module) -> bool:
 def picture_size(inputs: Tensor | Mapping[str, Tensor]) -> tuple[int, int] | None:
     """Height and width in pixels, None for text."""
     pixels = inputs.get("pixel_values") if isinstance(inputs, Mapping) else inputs
-    return tuple(pixels.shape[-2:]) if isinstance(pixels, Tensor) and pixels.dim() == 4 else None
+    if not isinstance(pixels, Tensor) or pixels.dim() != 4:
+        return None
+    height, width = pixels.shape[-2:]
+    return height, width
 
 
 def explained(answer: Tensor, target: Any, valid: Tensor) -> Tensor:
