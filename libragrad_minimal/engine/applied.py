@@ -110,7 +110,7 @@ class StandIn(Tensor):
     answered: bool
 
     @classmethod
-    def __torch_dispatch__(cls, operator, types, args=(), kwargs=None):
+    def __torch_dispatch__(cls, operator, types, args=(), kwargs=None):  # type: ignore[override]
         kwargs = kwargs or {}
         first = args[0] if args else None
         plain_args, plain_kwargs = tree_map_only(StandIn, lambda t: t.gradient, (args, kwargs))

@@ -255,7 +255,8 @@ def hook_up(node: Node, treatment: Treatment, balancing: Balancing, handles: lis
             return grad_inputs
         if not isinstance(repair, Repair):
             return repair(node, grad_inputs, grad_outputs)
-        return grad_inputs if answered else by_hook(repair, node, grad_inputs, grad_outputs[0])
+        gradient = grad_outputs[0]
+        return grad_inputs if answered or gradient is None else by_hook(repair, node, grad_inputs, gradient)
 
     def count_half(grad_outputs: Gradients) -> None:
         if balancing.owns_this_pass() and grad_outputs[0] is not None:

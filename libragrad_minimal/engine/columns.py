@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 from torch.autograd.graph import Node
 
-from .nodes import is_native, operation_name, result_shape, saved
+from .nodes import is_native, operand_shape, operation_name, result_shape, saved
 
 
 class Within(NamedTuple):
@@ -52,7 +52,7 @@ def reach_of_operand(node: Node, operand: int, results: Sequence[tuple[int, Reac
     if reach is None or name in SAME_PLACE:
         return reach
     if name in VIEWS:
-        return through_view(reach, result_shape(node), result_shape(*node.next_functions[operand]))
+        return through_view(reach, result_shape(node), operand_shape(node, operand))
     if name == "Permute":
         return reach._replace(dim=int(signed(saved(node, "dims")[reach.dim])) % len(result_shape(node)))
     if name == "Transpose":
@@ -71,7 +71,7 @@ def signed(number: int) -> int:
 
 def part_of(node: Node, name: str, number: int) -> Reach:
     """Which part of its operand a result is."""
-    shape = result_shape(*node.next_functions[0])
+    shape = operand_shape(node, 0)
     dim = signed(saved(node, "dim")) % len(shape)
     if name == "Unbind":
         return Within(dim, number, number + 1)

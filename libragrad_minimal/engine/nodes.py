@@ -76,7 +76,13 @@ def is_leaf(node: Node) -> bool:
 
 def result_shape(node: Node, result: int = 0) -> tuple[int, ...]:
     """The shape of what the node computed."""
-    return tuple(node._input_metadata[result].shape)  # type: ignore[attr-defined]
+    return tuple(node._input_metadata[result].shape)
+
+
+def operand_shape(node: Node, operand: int) -> tuple[int, ...]:
+    child, result = node.next_functions[operand]
+    assert child is not None
+    return result_shape(child, result)
 
 
 # ---- what it saved ---------------------------------------------------------------------------------------------------
@@ -121,12 +127,12 @@ COUNTED = "libragrad counted"  # the constant that the node seems to hide has a 
 class Half(Tensor):
     """The constant 1/2 of sigmoids: no edge of the graph leads to it, so libra_grad counts what arrives at them."""
 
-    __torch_function__ = torch._C._disabled_torch_function_impl
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
 
 def note(node: Node, name: str, value: Any) -> None:
-    node.metadata[name] = value
+    node.metadata[name] = value  # type: ignore[index]
 
 
 def noted(node: Node, name: str) -> Any:
-    return node.metadata.get(name)
+    return node.metadata.get(name)  # type: ignore[attr-defined]

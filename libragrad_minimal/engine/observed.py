@@ -78,9 +78,9 @@ class observed(TorchFunctionMode):
 
     def with_leaves(self, function: Callable, live: Tensor, args: list[Any], kwargs: dict[str, Any]) -> Any:
         if isinstance(function, OPERATORS):  # torch.ops.aten.add.Scalar wants a number: let the packet choose .Tensor
-            function, positions = packet(function), ADDED_BY_NAME.get(packet(function).__name__, ())
+            function, positions = packet(function), list(ADDED_BY_NAME.get(packet(function).__name__, ()))
         else:
-            positions = ADDED.get(function, ())
+            positions = list(ADDED.get(function, ()))
         counted = held_zeros = False
         if is_in_place(function):
             held_zeros = make_written_tensor_live(function, args)
@@ -93,10 +93,12 @@ class observed(TorchFunctionMode):
         if (factors := FACTORS.get(function)) is not None and not any(is_live(args[i]) for i in factors):
             positions = [*positions, (factors[0], "")]
         for position, keyword in positions:
-            holder, key = (args, position) if position < len(args) else (kwargs, keyword)
-            if key in (range(len(args)) if holder is args else kwargs):
-                counted |= holder[key] == 0 if is_number(holder[key]) else False
-                holder[key] = leaves(holder[key], live)
+            if position < len(args):
+                counted |= is_number(args[position]) and args[position] == 0
+                args[position] = leaves(args[position], live)
+            elif keyword in kwargs:
+                counted |= is_number(kwargs[keyword]) and kwargs[keyword] == 0
+                kwargs[keyword] = leaves(kwargs[keyword], live)
         operands = self.operands(function, args, kwargs)
         argument = args[0].detach() if function in KEPT_ARGUMENT and not is_in_place(function) else None
         result = function(*args, **kwargs)
@@ -124,7 +126,8 @@ class observed(TorchFunctionMode):
 
     def one_half(self, like: Tensor) -> Half:
         if self.half is None:
-            self.half = torch.tensor(0.5, dtype=like.dtype, device=like.device).as_subclass(Half).requires_grad_()
+            self.half = torch.tensor(0.5, dtype=like.dtype, device=like.device).as_subclass(Half)
+            self.half.requires_grad_()
         return self.half
 
     def check_eval_mode(self, function: Callable, args: Sequence[Any], kwargs: dict[str, Any]) -> None:
@@ -368,7 +371,7 @@ def names_elements(index: Any) -> bool:
     return any(isinstance(part, list | Tensor) or hasattr(part, "__array__") for part in several)
 
 
-REWRITTEN: dict[Callable, Callable[..., Tensor]] = {
+REWRITTEN: dict[Callable, Callable[..., Tensor | None]] = {
     F.batch_norm: batch_norm,
     F.pad: padded,
     F._threshold: thresholded,  # type: ignore[attr-defined]

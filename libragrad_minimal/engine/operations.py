@@ -261,7 +261,9 @@ OPERATIONS |= {
 
 def bloom_gelu(node: Node, grad_inputs: Gradients, grad_outputs: Gradients) -> Gradients:
     (x,) = node.saved_tensors  # type: ignore[attr-defined]
-    return (repairs.bloom_gelu(grad_outputs[0], x), *grad_inputs[1:])
+    (gradient,) = grad_outputs
+    assert gradient is not None
+    return (repairs.bloom_gelu(gradient, x), *grad_inputs[1:])
 
 
 CUSTOM: dict[str, Operation] = {

@@ -274,8 +274,8 @@ def linear(plan: Plan, node: Node, operation: Operation, live: list[int]) -> Ver
     streams, others = streams_apart(operation, live)
     if plan.rules.residual and len(live) == 2 and noted(node, OPERANDS) is not None:
         return SHARED, [(i, inside) for i in live]
-    arrived = plan.arrivals[node].get(operation.gate_result)
-    if operation.gate_result is not None and arrived is not None and arrived.is_stream:
+    arrived = None if operation.gate_result is None else plan.arrivals[node].get(operation.gate_result)
+    if arrived is not None and arrived.is_stream:
         return REFUSED, [(i, inside) for i in live]
     if others:
         cuts = constant_gates(plan, node, others) if streams else None
@@ -327,7 +327,7 @@ def division(plan: Plan, node: Node, operation: Operation, live: list[int]) -> V
     if not denominators:
         return Treatment("linear"), flows
     if not plan.rules.norm:
-        return plain("norm"), [*flows, *((i, "norm") for i in denominators)]  # type: ignore[list-item]
+        return plain("norm"), [*flows, *((i, "norm") for i in denominators)]
     for i in denominators:
         hold(plan, plan.graph[node][i])
     if not streams:

@@ -49,7 +49,7 @@ def celu(gradient: Tensor, x: Tensor, alpha: float) -> Tensor:
 
 
 def clamp(gradient: Tensor, x: Tensor, min: float | Tensor | None, max: float | Tensor | None) -> Tensor:
-    return secant(gradient, x.clamp(min, max), x)
+    return secant(gradient, torch.clamp(x, min, max), x)  # type: ignore[arg-type]
 
 
 def clamp_min(gradient: Tensor, x: Tensor, min: float | Tensor) -> Tensor:
