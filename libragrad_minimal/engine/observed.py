@@ -23,6 +23,7 @@ from torch.nn.modules.module import register_module_forward_hook, register_modul
 from torch.overrides import TorchFunctionMode
 
 from .nodes import ARGUMENT, COUNTED, HALF, OPERANDS, VERSION, Half, note
+from .plan import UnsupportedOperation
 
 Arguments = dict[str, Any]
 
@@ -82,6 +83,8 @@ class observed(TorchFunctionMode):
         else:
             positions = list(ADDED.get(function, ()))
         counted = held_zeros = False
+        if function in BINARY_OR_REDUCTION and len(args) > 1 and isinstance(args[1], Tensor):
+            positions = [(0, "input"), (1, "other")]
         if is_in_place(function):
             held_zeros = make_written_tensor_live(function, args)
             positions = [place for place in positions if place[0] != 0]
@@ -148,7 +151,7 @@ def is_live(value: Any) -> bool:
 
 
 def is_number(value: Any) -> bool:
-    return isinstance(value, int | float | complex) and not isinstance(value, bool)
+    return isinstance(value, int | float | complex)
 
 
 def first_live(values: Sequence[Any]) -> Tensor | None:
@@ -168,8 +171,8 @@ def leaves(value: Any, live: Tensor) -> Any:
         return number_as_leaf(value, live) if value != 0 and math.isfinite(abs(value)) else value
     if type(value) not in PLAIN_TENSORS or value.requires_grad:
         return value
-    inexact = value.is_floating_point() or value.is_complex()
-    return versioned(value.detach() if inexact else value.to(live.dtype))
+    # in the precision of the result, which that of its gradient will be
+    return versioned(value.detach().to(torch.promote_types(value.dtype, live.dtype)))
 
 
 def number_as_leaf(value: complex, live: Tensor) -> Tensor:
@@ -179,6 +182,11 @@ def number_as_leaf(value: complex, live: Tensor) -> Tensor:
 
 
 def versioned(leaf: Tensor) -> Tensor:
+    if torch._C._functorch.peek_interpreter_stack() is not None:
+        raise UnsupportedOperation(
+            "a constant is added inside torch.func.vmap (or another transform of torch.func), where observed() can't "
+            "count it: write the batch dimension out, or add the constant outside"
+        )
     leaf.requires_grad_()
     setattr(leaf, VERSION, leaf._version)
     return leaf
@@ -246,7 +254,8 @@ def spellings(name: str) -> list[Callable]:
 Places = tuple[tuple[int, str], ...]  # position and keyword of each argument that is added
 
 ADDED_BY_NAME: dict[str, Places] = {
-    **dict.fromkeys("add sub subtract rsub maximum minimum fmax fmin max min".split(), ((0, "input"), (1, "other"))),
+    **dict.fromkeys("add sub subtract rsub maximum minimum fmax fmin".split(), ((0, "input"), (1, "other"))),
+    **dict.fromkeys("div divide true_divide prelu grid_sample".split(), ((0, "input"),)),
     **dict.fromkeys("slice_scatter select_scatter diagonal_scatter".split(), ((0, "input"), (1, "src"))),
     "lerp": ((0, "input"), (1, "end")),
     "addcdiv": ((0, "input"), (1, "tensor1")),
@@ -262,8 +271,8 @@ ADDED_BY_NAME: dict[str, Places] = {
     **dict.fromkeys("addmm baddbmm addbmm addmv addr addcmul".split(), ((0, "input"),)),
     **dict.fromkeys("linear conv1d conv2d conv3d".split(), ((2, "bias"),)),
     **dict.fromkeys("conv_transpose1d conv_transpose2d conv_transpose3d".split(), ((2, "bias"),)),
-    **dict.fromkeys("bilinear layer_norm group_norm".split(), ((3, "bias"),)),
-    "instance_norm": ((4, "bias"),),
+    "bilinear": ((3, "bias"),),
+    **dict.fromkeys(["layer_norm", "group_norm"], ((0, "input"), (3, "bias"))),
     "scaled_dot_product_attention": ((2, "value"),),
     "multi_head_attention_forward": (
         (2, "value"), (6, "in_proj_bias"), (7, "bias_k"), (8, "bias_v"), (12, "out_proj_bias")
@@ -281,6 +290,8 @@ ADDED |= {torch.where: ((1, "input"), (2, "other")), Tensor.where: ((0, "input")
 FACTORS = {
     function: (1, 2) for name in "addmm baddbmm addbmm addmv addr addcmul".split() for function in spellings(name)
 }
+# max and min of two tensors; of one and a dimension they are reductions
+BINARY_OR_REDUCTION = {torch.max, torch.min, Tensor.max, Tensor.min}
 ADDITIONS = {torch.add, Tensor.add, Tensor.__add__, Tensor.__radd__, Tensor.add_, Tensor.__iadd__}
 KEPT_ARGUMENT = {function for name in ("tanh", "expm1") for function in spellings(name)}
 SIGMOIDS = {torch.sigmoid, Tensor.sigmoid, torch.special.expit}
@@ -299,16 +310,26 @@ RANDOM = {
 
 def batch_norm(function: Callable, live: Tensor, args: list[Any], kwargs: dict[str, Any]) -> Tensor:
     """With running statistics it subtracts their mean: a constant beside the bias."""
-    names = ("input", "running_mean", "running_var", "weight", "bias", "training", "momentum", "eps")
+    statistics, affine = ("running_mean", "running_var"), ("weight", "bias")
+    order = (*affine, *statistics) if function is torch.batch_norm else (*statistics, *affine)
+    own = "use_input_stats" if function is F.instance_norm else "training"
+    names = ("input", *order, own, "momentum", "eps", "cudnn_enabled")
     call = dict(zip(names, args, strict=False)) | kwargs
-    mean, variance = call["running_mean"], call["running_var"]
+    call["input"] = leaves(call["input"], live)
+    mean, variance = call.get("running_mean"), call.get("running_var")
     weight, bias = call.get("weight"), leaves(call.get("bias"), live)
-    if call.get("training", False) or mean is None or mean.requires_grad:
-        return function(**(call | {"bias": bias}))
+    of_its_input = call.get(own, function is F.instance_norm)
+    if of_its_input or mean is None or variance is None or mean.requires_grad:
+        return call_with(function, names, call | {"bias": bias})
     shift = -mean * torch.rsqrt(variance + call.get("eps", 1e-5))
     shift = shift if weight is None else shift * weight.detach()
     bias = torch.zeros_like(shift) if bias is None else bias
-    return without_row(function(**(call | {"bias": without_row(bias + nothing_but_gradient(shift))})))
+    return without_row(call_with(function, names, call | {"bias": without_row(bias + nothing_but_gradient(shift))}))
+
+
+def call_with(function: Callable, names: Sequence[str], call: Arguments) -> Tensor:
+    """torch.batch_norm takes its arguments by position only, those of nn.functional have names."""
+    return function(*(call[name] for name in names)) if function is torch.batch_norm else function(**call)
 
 
 def padded(function: Callable, live: Tensor, args: list[Any], kwargs: dict[str, Any]) -> Tensor:
@@ -322,9 +343,10 @@ def padded(function: Callable, live: Tensor, args: list[Any], kwargs: dict[str, 
 
 
 def thresholded(function: Callable, live: Tensor, args: list[Any], kwargs: dict[str, Any]) -> Tensor:
-    call = dict(zip(("input", "threshold", "value"), args, strict=False)) | kwargs
+    call = dict(zip(("input", "threshold", "value", "inplace"), args, strict=False)) | kwargs
     x = call["input"]
-    return torch.where(x > call["threshold"], x, leaves(call["value"], live))
+    result = torch.where(x > call["threshold"], x, leaves(call["value"], live))
+    return x.copy_(result) if is_in_place(function) or call.get("inplace", False) else result
 
 
 def without_nan(function: Callable, live: Tensor, args: list[Any], kwargs: dict[str, Any]) -> Tensor:
@@ -334,6 +356,10 @@ def without_nan(function: Callable, live: Tensor, args: list[Any], kwargs: dict[
 
 
 WRITES: dict[str, tuple[tuple[str, ...], Callable[[Tensor, Arguments, Any], Any]]] = {  # parameters; how to write
+    "fill_diagonal": (
+        ("input", "src", "wrap"),
+        lambda x, call, source: x.fill_diagonal_(source, call.get("wrap", False)),
+    ),
     "__setitem__": (("input", "index", "src"), lambda x, call, source: x.__setitem__(call["index"], source)),
     "index_put": (
         ("input", "indices", "values", "accumulate"),
@@ -352,17 +378,50 @@ def written(function: Callable, live: Tensor, args: list[Any], kwargs: dict[str,
     in_place = is_in_place(function)
     parameters, write = WRITES[function.__name__ if function is Tensor.__setitem__ else function.__name__.rstrip("_")]
     call: Arguments = dict(zip(parameters, args, strict=False)) | kwargs
-    key = next(name for name in ("src", "values", "value") if name in call)
+    key = next(name for name in ("src", "values", "value", "fill_value") if name in call)
     whole, source = call["input"], call[key]
     slices_only = function is Tensor.__setitem__ and not names_elements(call["index"])
     if is_live(source) or call.get("accumulate") or "reduce" in call or slices_only:
-        args = [a if a is whole or a is not source else leaves(a, live) for a in args]
-        return function(*args, **{k: leaves(v, live) if v is source else v for k, v in kwargs.items()})
+        call[key] = leaves(source, live)
+        call["input"] = whole if in_place else leaves(whole, live)
+        by_position = [call[name] for name in parameters[: len(args)]]
+        return function(*by_position, **{name: call[name] for name in kwargs})
     afterwards, places = whole.detach().clone(), torch.zeros_like(whole)
     write(afterwards, call, source)
     write(places, call, torch.ones_like(source) if isinstance(source, Tensor) else 1.0)
     result = torch.where(places.bool(), leaves(afterwards, live), whole)
     return whole.copy_(result) if in_place else result
+
+
+DEFAULT_BOUNDS: dict[str, tuple[float | None, float | None]] = {
+    **dict.fromkeys("clamp clip clamp_min clamp_max".split(), (None, None)),
+    "hardtanh": (-1.0, 1.0),
+}
+
+
+def clamped(function: Callable, live: Tensor, args: list[Any], kwargs: dict[str, Any]) -> Tensor:
+    """No slope lifts an exact zero to a bound above it: bounds that exclude zero are constants."""
+    name = function.__name__.rstrip("_")
+    of_one = {"clamp_min": ("input", "min"), "clamp_max": ("input", "max")}
+    call = dict(zip(of_one.get(name, ("input", "min", "max", "inplace")), args, strict=False)) | kwargs
+    x, (low, high) = call["input"], DEFAULT_BOUNDS[name]
+    low, high = call.get("min", call.get("min_val", low)), call.get("max", call.get("max_val", high))
+    if not (excludes_zero(low, 1) or excludes_zero(high, -1)):
+        return function(*args, **kwargs)
+    result = x if low is None else torch.maximum(x, as_tensor(leaves(low, live), x))
+    result = result if high is None else torch.minimum(result, as_tensor(leaves(high, live), x))
+    return x.copy_(result) if is_in_place(function) or call.get("inplace", False) else result
+
+
+def excludes_zero(bound: Any, sign: int) -> bool:
+    if bound is None or is_live(bound):
+        return False
+    return bool((sign * bound > 0).any()) if isinstance(bound, Tensor) else sign * bound > 0
+
+
+def as_tensor(bound: Any, like: Tensor) -> Tensor:
+    """torch.maximum takes no numbers; here there are only those that exclude nothing, 0 and infinity."""
+    return bound if isinstance(bound, Tensor) else torch.tensor(bound, dtype=like.dtype, device=like.device)
 
 
 def names_elements(index: Any) -> bool:
@@ -373,15 +432,18 @@ def names_elements(index: Any) -> bool:
 
 REWRITTEN: dict[Callable, Callable[..., Tensor | None]] = {
     F.batch_norm: batch_norm,
+    **{f: clamped for name in ("clamp", "clip", "clamp_min", "clamp_max", "hardtanh") for f in spellings(name)},
+    torch.batch_norm: batch_norm,
+    F.instance_norm: batch_norm,
     F.pad: padded,
     F._threshold: thresholded,  # type: ignore[attr-defined]
-    torch.threshold: thresholded,
+    **{function: thresholded for function in spellings("threshold")},
     torch.nan_to_num: without_nan,
     Tensor.nan_to_num: without_nan,
-    **{function: written for name in ("scatter", "index_put") for function in spellings(name)},
+    **{function: written for name in ("scatter", "index_put", "fill_diagonal") for function in spellings(name)},
     Tensor.__setitem__: written,
 }
-HANDLED = {*ADDED, *REWRITTEN, *KEPT_ARGUMENT, *SIGMOIDS}
+HANDLED = {*BINARY_OR_REDUCTION, *ADDED, *REWRITTEN, *KEPT_ARGUMENT, *SIGMOIDS}
 
 
 def record_residuals() -> observed:

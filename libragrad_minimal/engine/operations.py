@@ -61,7 +61,7 @@ class Operation:
     repair: Repair | Backward | None = None
     factors: tuple[int, int] = (0, 1)
     streams: tuple[int, ...] | None = None
-    degree: float = 1.0
+    degree: float | Tensor = 1.0
     incoming: Callable[[Node, Tensor], Tensor] | None = None  # changes the gradient before PyTorch's own derivative
     gate_result: int | None = None  # this one of a linear operation's results is a gate: the variance of var_mean
     separable: bool = True  # whether what each operand gets can be scaled on its own
@@ -86,7 +86,7 @@ UpsampleNearest2D UpsampleNearest3D UpsampleNearestExact1D UpsampleNearestExact2
 UpsampleLinear1D UpsampleBilinear2D UpsampleTrilinear3D UpsampleBicubic2D UpsampleBilinear2DAa UpsampleBicubic2DAa
 DiagEmbed PixelShuffle PixelUnshuffle Embedding Relu LeakyRelu RreluWithNoise Threshold Abs Max Min Amax Amin Cummax
 Cummin Maximum Minimum Fmax Fmin Sort Topk Kthvalue Median NanToNum ViewAsReal ViewAsComplex Real Imag Complex Conj
-ResolveConj FftR2C FftC2R FftC2C Fill Zero
+Hardshrink ResolveConj FftR2C FftC2R FftC2C Fill Zero
 """.split()
 
 
@@ -160,7 +160,10 @@ def vector_norm(order: str) -> Entry:
 
 GATES: dict[str, Entry] = {
     **dict.fromkeys(["Softmax", "SafeSoftmax", "LogSoftmax", "Logsumexp"], gate("attention")),
-    **dict.fromkeys("Hardsigmoid Softplus LogSigmoid Exp Exp2 Log Sin Cos Erfc".split(), gate("activation")),
+    **dict.fromkeys(
+        "Hardsigmoid Softplus LogSigmoid Exp Exp2 Log Sin Cos Erfc Sign Round Floor Ceil Trunc".split(),
+        gate("activation"),
+    ),
     "Sigmoid": sigmoid,
     "Tanh": gate("activation", repairs.tanh),
     "Expm1": gate("activation", repairs.expm1),
@@ -192,9 +195,11 @@ def division(node: Node) -> Operation | None:
 
 def power(node: Node) -> Operation | None:
     exponent = saved(node, "exponent")
-    if isinstance(exponent, Tensor):
-        return None
-    return Operation("power", "product", degree=float(exponent)) if exponent > 0 else gate("norm")
+    if not isinstance(exponent, Tensor):
+        return Operation("power", "product", degree=float(exponent)) if exponent > 0 else gate("norm")
+    if (exponent > 0).all():
+        return Operation("power", "product", degree=exponent)
+    return gate("norm") if (exponent < 0).all() else None
 
 
 def scatter_reduce(node: Node) -> Operation | None:

@@ -156,8 +156,9 @@ def value_of(
     gates: Sequence[Value],
 ) -> Value:
     role = operation.role if operation else "linear"
-    if role == "gate" and operation is not None:
-        return Value(node, operation.rule, operation.repair is not None)
+    if role == "gate" and operation is not None:  # made of what can't be a stream, it can't be one either
+        of_streams = any(value.can_be_stream for value in live)
+        return Value(node, operation.rule, of_streams and operation.repair is not None)
     if role == "division" and operation is not None:
         numerators = [operands[i] for i in operation.streams or () if operands[i] is not None]
         if not numerators:
@@ -317,7 +318,10 @@ def power(plan: Plan, node: Node, operation: Operation, live: list[int]) -> Verd
     flows = [(i, inside) for i in live]
     if inside is not None or not plan.rules.product:
         return plain(inside or "product"), flows
-    return scaled("divided by the exponent", 1 / operation.degree), flows
+    if not set(live) <= {0}:
+        return REFUSED, flows
+    degree = operation.degree
+    return Treatment("divided by the exponent", incoming=lambda node, gradient: gradient / degree), flows
 
 
 def division(plan: Plan, node: Node, operation: Operation, live: list[int]) -> Verdict:
