@@ -1,3 +1,4 @@
+# ruff: noqa: B008 (a case makes its layer once, as the default of an argument)
 """Small modules as people write them, and what libra_grad must say of each: complete, or refused and why.
 
 The verdicts are mathematics, not what some version of the engine does. *Complete*: after the repairs every function
@@ -112,12 +113,20 @@ complete("a parameter's softplus is added", lambda x: x @ P + F.softplus(B), lin
 complete("a detached part", lambda x: F.gelu(x) + (x @ P).detach())
 complete("straight-through rounding", lambda x: x + (x.round() - x).detach(), linear=True)
 complete("a detached factor", lambda x: x * x.detach(), linear=True)
-complete("ones and zeros are concatenated", lambda x: torch.cat([torch.ones(2, 1, 8), x, 0 * x, HIDDEN_MATRIX.expand(2, 5, 8)], 1) @ P, linear=True)  # fmt: skip
+complete(
+    "ones and zeros are concatenated",
+    lambda x: torch.cat([torch.ones(2, 1, 8), x, 0 * x, HIDDEN_MATRIX.expand(2, 5, 8)], 1) @ P,
+    linear=True,
+)
 complete("a class token that learns", lambda x: F.gelu(torch.cat([A.expand(2, 1, 8), x], 1)))
 complete("a class token that is frozen", lambda x: F.gelu(torch.cat([HIDDEN.expand(2, 1, 8), x], 1)))
 complete("a buffer is stacked", lambda x: F.gelu(torch.stack([x, HIDDEN_MATRIX.expand_as(x)])))
 complete("padding with a value", lambda x: F.gelu(F.pad(x, (1, 2), value=0.7)))
-complete("circular padding", lambda x: F.conv1d(F.pad(x.mT, (1, 1), mode="circular"), P[:, :, None].expand(8, 8, 3)).mT, linear=True)  # fmt: skip
+complete(
+    "circular padding",
+    lambda x: F.conv1d(F.pad(x.mT, (1, 1), mode="circular"), P[:, :, None].expand(8, 8, 3)).mT,
+    linear=True,
+)
 complete("the larger of stream and buffer", lambda x: torch.maximum(x, HIDDEN), linear=True)
 complete("the larger of stream and number", lambda x: torch.fmin(F.gelu(x), torch.tensor(0.3)))
 complete("clamped GELU", lambda x: F.gelu(x).clamp(0.1, 0.6))
@@ -129,21 +138,40 @@ complete("where with a buffer", lambda x: torch.where(MASK, HIDDEN, x), linear=T
 complete("where with two branches", lambda x: torch.where(x > 0, F.silu(x + 1), 1 - (x @ P)))
 complete("a value is scattered", lambda x: x.scatter(-1, torch.tensor([[[1, 3]]]).expand(2, 5, 2), 0.5), linear=True)
 complete("indices filled with a number", lambda x: F.gelu(x).index_fill(-1, torch.tensor([0, 5]), 0.5))
-complete("a buffer is copied to indices", lambda x: x.index_copy(1, torch.tensor([3, 0]), HIDDEN_TOKENS[:, :2]), linear=True)
-complete("a buffer is added at indices", lambda x: x.index_add(1, torch.tensor([3, 3]), HIDDEN_TOKENS[:, :2]), linear=True)
+complete(
+    "a buffer is copied to indices", lambda x: x.index_copy(1, torch.tensor([3, 0]), HIDDEN_TOKENS[:, :2]), linear=True
+)
+complete(
+    "a buffer is added at indices", lambda x: x.index_add(1, torch.tensor([3, 3]), HIDDEN_TOKENS[:, :2]), linear=True
+)
 complete("a buffer is scattered by mask", lambda x: x.masked_scatter(MASK, HIDDEN_TOKENS), linear=True)
-complete("the stream is written into a buffer by index", lambda x: HIDDEN_TOKENS.index_put((torch.tensor([[0], [1]]), torch.tensor([8, 1, 2, 6, 3])), x), linear=True)  # fmt: skip
+complete(
+    "the stream is written into a buffer by index",
+    lambda x: HIDDEN_TOKENS.index_put((torch.tensor([[0], [1]]), torch.tensor([8, 1, 2, 6, 3])), x),
+    linear=True,
+)
 complete("a slice is replaced", lambda x: torch.select_scatter(F.gelu(x), HIDDEN_MATRIX[:2], 1, 2))
 complete("towards a buffer by lerp", lambda x: torch.lerp(F.gelu(x), HIDDEN, 0.3))
 complete("a product of buffers is added", lambda x: torch.addcmul(F.gelu(x), HIDDEN, HIDDEN_MATRIX, value=0.5))
 complete("addmm onto a buffer", lambda x: F.gelu(torch.addmm(HIDDEN_MATRIX, x[0], P, beta=0.5)))
 complete("linear layer with frozen bias", lambda x: F.gelu(F.linear(x, P, HIDDEN)))
 complete("convolution with frozen bias", lambda x, layer=frozen(nn.Conv2d(4, 3, 3)): F.gelu(layer(x)), shape=IMAGES)
-complete("transposed convolution", lambda x, layer=frozen(nn.ConvTranspose2d(4, 3, 3, 2)): F.gelu(layer(x)), shape=IMAGES)  # fmt: skip
+complete(
+    "transposed convolution", lambda x, layer=frozen(nn.ConvTranspose2d(4, 3, 3, 2)): F.gelu(layer(x)), shape=IMAGES
+)
 complete("frozen position embedding by index", lambda x: F.gelu(x + HIDDEN_MATRIX[torch.tensor([4, 0, 0, 1, 2])]))
 complete("frozen position embedding by view", lambda x: F.gelu(x.flatten(1) + HIDDEN_MATRIX.flatten()[None]))
-complete("position embedding resized", lambda x: F.gelu(x + F.interpolate(HIDDEN_MATRIX.mT[None, :, :3], 5, mode="linear")[0].mT))
-complete("a complex buffer is added", lambda x, c=buffer(4, dtype=torch.complex128): torch.view_as_real(torch.view_as_complex(x.unflatten(-1, (4, 2))) + c), linear=True)  # fmt: skip
+complete(
+    "position embedding resized",
+    lambda x: F.gelu(x + F.interpolate(HIDDEN_MATRIX.mT[None, :, :3], 5, mode="linear")[0].mT),
+)
+complete(
+    "a complex buffer is added",
+    lambda x, c=buffer(4, dtype=torch.complex128): torch.view_as_real(
+        torch.view_as_complex(x.unflatten(-1, (4, 2))) + c
+    ),
+    linear=True,
+)
 complete("whitened by running statistics", lambda x: F.gelu((x - HIDDEN) / (HIDDEN.abs() + 0.5)))
 
 
@@ -240,7 +268,12 @@ def by_index_in_place(x):
 
 complete("tanh in place", lambda x: (x @ P).tanh_() @ Q)
 complete("SiLU in place", lambda x: F.silu(x @ P, inplace=True))
-complete("ReLU in place on a convolution", lambda x, layer=frozen(nn.Conv2d(4, 3, 3)): F.relu(layer(x), inplace=True), shape=IMAGES, linear=True)  # fmt: skip
+complete(
+    "ReLU in place on a convolution",
+    lambda x, layer=frozen(nn.Conv2d(4, 3, 3)): F.relu(layer(x), inplace=True),
+    shape=IMAGES,
+    linear=True,
+)
 complete("division in place", lambda x: (x @ P).div_(1 + x.abs()))
 complete("copied into an empty tensor", lambda x: F.gelu(torch.empty_like(x).copy_(x)))
 refused("ELU in place", "in place it keeps its result only", lambda x: F.elu(x @ P, inplace=True))
@@ -259,25 +292,71 @@ complete("eager attention", attention)
 complete("causal attention", lambda x: attention(x, lambda a: a.masked_fill(CAUSAL, -math.inf)))
 complete("relative position bias", lambda x, bias=buffer(2, 5, 5): attention(x, lambda a: a + bias))
 complete("ALiBi", lambda x: attention(x, lambda a: a - torch.tensor([0.5, 0.25])[:, None, None] * torch.arange(5)))
-complete("attention sinks", lambda x, sink=parameter(1, 2, 1, 1): attention(x, lambda a: torch.cat([a, sink.expand(2, 2, 5, 1)], -1), lambda a: a[..., :-1]))  # fmt: skip
-complete("talking heads", lambda x, pre=parameter(2, 2), post=parameter(2, 2): attention(x, lambda a: torch.einsum("bhqk,hg->bgqk", a, pre), lambda a: torch.einsum("bhqk,hg->bgqk", a, post)))  # fmt: skip
+complete(
+    "attention sinks",
+    lambda x, sink=parameter(1, 2, 1, 1): attention(
+        x, lambda a: torch.cat([a, sink.expand(2, 2, 5, 1)], -1), lambda a: a[..., :-1]
+    ),
+)
+complete(
+    "talking heads",
+    lambda x, pre=parameter(2, 2), post=parameter(2, 2): attention(
+        x, lambda a: torch.einsum("bhqk,hg->bgqk", a, pre), lambda a: torch.einsum("bhqk,hg->bgqk", a, post)
+    ),
+)
 complete("soft-capped attention", lambda x: attention(x, lambda a: 3 * torch.tanh(a / 3)))
 complete("QK-norm", lambda x, norm=drawn(nn.RMSNorm(8)): attention(x, change_qk=norm), linear=True)
-complete("cosine attention, learned temperature", lambda x: attention(x, lambda a: a * A[0].clamp(max=4).exp(), change_qk=lambda q: F.normalize(q, dim=-1)))  # fmt: skip
+complete(
+    "cosine attention, learned temperature",
+    lambda x: attention(x, lambda a: a * A[0].clamp(max=4).exp(), change_qk=lambda q: F.normalize(q, dim=-1)),
+)
 complete("sigmoid attention", lambda x: torch.sigmoid(x @ P @ x.mT - 1) @ (x @ Q) / 5)
 complete("squared-ReLU attention", lambda x: (F.relu(x @ P @ x.mT).square() / 5) @ (x @ Q))
-complete("fused attention, grouped queries", lambda x: merged(F.scaled_dot_product_attention(heads(x @ P, 4), heads(x @ Q[:, :4]), heads(x @ R[:, :4] + 1), enable_gqa=True)))  # fmt: skip
-complete("fused attention with a bias", lambda x, bias=parameter(5, 5): F.scaled_dot_product_attention(x @ P, x @ Q, x @ R + HIDDEN, attn_mask=bias))  # fmt: skip
-complete("multi-query", lambda x: merged((heads(x @ P) @ (x @ Q[:, :4])[:, None].mT).softmax(-1) @ (x @ R[:, :4] + 1)[:, None]))  # fmt: skip
+complete(
+    "fused attention, grouped queries",
+    lambda x: merged(
+        F.scaled_dot_product_attention(heads(x @ P, 4), heads(x @ Q[:, :4]), heads(x @ R[:, :4] + 1), enable_gqa=True)
+    ),
+)
+complete(
+    "fused attention with a bias",
+    lambda x, bias=parameter(5, 5): F.scaled_dot_product_attention(x @ P, x @ Q, x @ R + HIDDEN, attn_mask=bias),
+)
+complete(
+    "multi-query",
+    lambda x: merged((heads(x @ P) @ (x @ Q[:, :4])[:, None].mT).softmax(-1) @ (x @ R[:, :4] + 1)[:, None]),
+)
 complete("cross attention", lambda x: ((x[:, :2] @ P) @ (x[:, 2:] @ Q).mT).softmax(-1) @ F.gelu(x[:, 2:]))
-complete("additive attention", lambda x: (torch.tanh((x @ P)[:, :, None] + (x @ Q)[:, None] + HIDDEN) @ A).softmax(-1) @ x)  # fmt: skip
+complete(
+    "additive attention", lambda x: (torch.tanh((x @ P)[:, :, None] + (x @ Q)[:, None] + HIDDEN) @ A).softmax(-1) @ x
+)
 complete("attention pooling by a learned query", lambda x: (x @ A / 3).softmax(-1)[:, None] @ F.gelu(x))
-complete("attention as a custom mixture of softmaxes", lambda x: sum((x @ W @ x.mT).softmax(-1) / 2 for W in (P, Q)) @ x)  # fmt: skip
-complete("softmax by hand", lambda x: (lambda e: e / e.sum(-1, keepdim=True))((x @ x.mT - (x @ x.mT).amax(-1, keepdim=True)).exp()) @ x)  # fmt: skip
-complete("module: MultiheadAttention", lambda x, layer=drawn(nn.MultiheadAttention(8, 2, batch_first=True, add_bias_kv=True, add_zero_attn=True)): layer(x, x, x)[0])  # fmt: skip
-complete("module: TransformerEncoderLayer", lambda x, layer=drawn(nn.TransformerEncoderLayer(8, 2, 16, batch_first=True, activation="gelu")): layer(x))  # fmt: skip
-complete("module: frozen TransformerDecoderLayer", lambda x, layer=frozen(nn.TransformerDecoderLayer(8, 2, 16, batch_first=True)): layer(x[:, :2], x))  # fmt: skip
-refused("attention to constant values", "the softmax is the stream: what is read out is a probability of each constant", lambda x: (x @ P).softmax(-1) @ HIDDEN)  # fmt: skip
+complete(
+    "attention as a custom mixture of softmaxes", lambda x: sum((x @ W @ x.mT).softmax(-1) / 2 for W in (P, Q)) @ x
+)
+complete(
+    "softmax by hand",
+    lambda x: (lambda e: e / e.sum(-1, keepdim=True))((x @ x.mT - (x @ x.mT).amax(-1, keepdim=True)).exp()) @ x,
+)
+complete(
+    "module: MultiheadAttention",
+    lambda x, layer=drawn(nn.MultiheadAttention(8, 2, batch_first=True, add_bias_kv=True, add_zero_attn=True)): layer(
+        x, x, x
+    )[0],
+)
+complete(
+    "module: TransformerEncoderLayer",
+    lambda x, layer=drawn(nn.TransformerEncoderLayer(8, 2, 16, batch_first=True, activation="gelu")): layer(x),
+)
+complete(
+    "module: frozen TransformerDecoderLayer",
+    lambda x, layer=frozen(nn.TransformerDecoderLayer(8, 2, 16, batch_first=True)): layer(x[:, :2], x),
+)
+refused(
+    "attention to constant values",
+    "the softmax is the stream: what is read out is a probability of each constant",
+    lambda x: (x @ P).softmax(-1) @ HIDDEN,
+)
 
 
 @complete("linear attention, elu + 1")
@@ -422,12 +501,27 @@ def min_gru_in_log_space(x):
     return (decay + (log_hidden - F.softplus(-gates) - decay).logcumsumexp(1)).exp()
 
 
-complete("module: LSTM", lambda x, layer=drawn(nn.LSTM(8, 6, num_layers=2, batch_first=True, bidirectional=True)): layer(x)[0])  # fmt: skip
-complete("module: frozen LSTM with a state", lambda x, layer=frozen(nn.LSTM(8, 8, batch_first=True)): layer(x, (HIDDEN.expand(1, 2, 8), HIDDEN.expand(1, 2, 8) / 2))[0])  # fmt: skip
+complete(
+    "module: LSTM",
+    lambda x, layer=drawn(nn.LSTM(8, 6, num_layers=2, batch_first=True, bidirectional=True)): layer(x)[0],
+)
+complete(
+    "module: frozen LSTM with a state",
+    lambda x, layer=frozen(nn.LSTM(8, 8, batch_first=True)): layer(
+        x, (HIDDEN.expand(1, 2, 8), HIDDEN.expand(1, 2, 8) / 2)
+    )[0],
+)
 complete("module: GRU", lambda x, layer=drawn(nn.GRU(8, 6, batch_first=True)): layer(x)[0])
-complete("module: frozen GRU with a state", lambda x, layer=frozen(nn.GRU(8, 8, batch_first=True)): layer(x, HIDDEN.expand(1, 2, 8))[0])  # fmt: skip
+complete(
+    "module: frozen GRU with a state",
+    lambda x, layer=frozen(nn.GRU(8, 8, batch_first=True)): layer(x, HIDDEN.expand(1, 2, 8))[0],
+)
 complete("module: RNN with tanh", lambda x, layer=frozen(nn.RNN(8, 6, batch_first=True)): layer(x)[0])
-complete("module: RNN with ReLU", lambda x, layer=frozen(nn.RNN(8, 6, batch_first=True, nonlinearity="relu")): layer(x)[0], linear=True)  # fmt: skip
+complete(
+    "module: RNN with ReLU",
+    lambda x, layer=frozen(nn.RNN(8, 6, batch_first=True, nonlinearity="relu")): layer(x)[0],
+    linear=True,
+)
 
 
 @complete("selective scan")
@@ -511,8 +605,18 @@ def film(x):
 
 complete("highway", lambda x: (lambda t: t * F.relu(x @ Q + B) + (1 - t) * x)(torch.sigmoid(x @ P - 1)))
 complete("hypernetwork", lambda x: F.relu(x @ (x.mean(1) @ P + A)[..., None] * HIDDEN + x @ Q))
-complete("squeeze and excite", lambda x, down=drawn(nn.Conv2d(4, 2, 1)), up=frozen(nn.Conv2d(2, 4, 1)): x * torch.sigmoid(up(4 * F.relu(down(x.amax((2, 3), keepdim=True))))), shape=IMAGES)  # fmt: skip
-complete("squeeze and excite, hard", lambda x, layer=drawn(nn.Conv2d(4, 4, 1)): F.hardswish(x) * F.hardsigmoid(layer(F.adaptive_avg_pool2d(x, 1))), shape=IMAGES)  # fmt: skip
+complete(
+    "squeeze and excite",
+    lambda x, down=drawn(nn.Conv2d(4, 2, 1)), up=frozen(nn.Conv2d(2, 4, 1)): (
+        x * torch.sigmoid(up(4 * F.relu(down(x.amax((2, 3), keepdim=True)))))
+    ),
+    shape=IMAGES,
+)
+complete(
+    "squeeze and excite, hard",
+    lambda x, layer=drawn(nn.Conv2d(4, 4, 1)): F.hardswish(x) * F.hardsigmoid(layer(F.adaptive_avg_pool2d(x, 1))),
+    shape=IMAGES,
+)
 
 
 @complete("CBAM", shape=IMAGES)
@@ -526,7 +630,12 @@ complete("GEGLU", lambda x: (x @ P + HIDDEN) * F.gelu(x @ Q + A) @ R)
 complete("SwiGLU", lambda x: (x @ P) * F.silu(x @ Q) @ R)
 complete("bilinear GLU", lambda x: (x @ P + 1) * (x @ Q) @ R)
 complete("GLU", lambda x: F.glu(x @ P + HIDDEN, -1))
-complete("gMLP: spatial gating", lambda x, space=parameter(5, 5): (lambda u, v: u * (space @ F.layer_norm(v, (4,)) + 1))(*F.gelu(x @ P).chunk(2, -1)))  # fmt: skip
+complete(
+    "gMLP: spatial gating",
+    lambda x, space=parameter(5, 5): (lambda u, v: u * (space @ F.layer_norm(v, (4,)) + 1))(
+        *F.gelu(x @ P).chunk(2, -1)
+    ),
+)
 complete("layer scale", lambda x: x + 0.1 * HIDDEN * F.gelu(x @ P + A))
 complete("stochastic depth at rest", lambda x: x + F.dropout(F.gelu(x), 0.5, training=False))
 complete("gate of gates", lambda x: F.gelu(x) * (1 - torch.sigmoid(x @ P) * x.softmax(-1).sqrt()).clamp(min=0.1))
@@ -585,7 +694,9 @@ def soft_experts(x):
 # ---- norms -----------------------------------------------------------------------------------------------------------
 
 complete("batch norm at rest", lambda x, norm=frozen(nn.BatchNorm2d(4)): norm(x), shape=IMAGES, linear=True)
-complete("batch norm without weights", lambda x, norm=drawn(nn.BatchNorm2d(4, affine=False)): F.gelu(norm(x)), shape=IMAGES)  # fmt: skip
+complete(
+    "batch norm without weights", lambda x, norm=drawn(nn.BatchNorm2d(4, affine=False)): F.gelu(norm(x)), shape=IMAGES
+)
 refused("batch norm in training", "the samples mix", lambda x: F.batch_norm(x, None, None, training=True), shape=IMAGES)
 complete("layer norm, frozen", lambda x, norm=frozen(nn.LayerNorm(8)): norm(x))
 complete("group norm, frozen", lambda x, norm=frozen(nn.GroupNorm(2, 4)): norm(x), shape=IMAGES)
@@ -599,14 +710,29 @@ complete("partial RMSNorm", lambda x: x / (x[..., :4].norm(dim=-1, keepdim=True)
 complete("ScaleNorm", lambda x: A[0] * x / torch.linalg.vector_norm(x, dim=-1, keepdim=True).clamp(min=1e-5))
 complete("pixel norm", lambda x: x / torch.sqrt(x.square().mean(1, keepdim=True) + 1e-8), shape=IMAGES)
 complete("L1 norm", lambda x: x / x.abs().sum(-1, keepdim=True))
-complete("min-max scaling", lambda x: (x - x.amin(-1, keepdim=True)) / (x.amax(-1, keepdim=True) - x.amin(-1, keepdim=True)))  # fmt: skip
+complete(
+    "min-max scaling", lambda x: (x - x.amin(-1, keepdim=True)) / (x.amax(-1, keepdim=True) - x.amin(-1, keepdim=True))
+)
 complete("standardised", lambda x: (x - x.mean(-1, keepdim=True)) / (x.std(-1, keepdim=True) + 1e-6) * A + HIDDEN)
 complete("local response norm", lambda x: F.local_response_norm(x + 1, 3, alpha=1), shape=IMAGES)
-complete("global response norm", lambda x: (lambda g: A[:4, None, None] * x * (g / (g.mean(1, keepdim=True) + 1e-6)) + B[:4, None, None] + x)(x.norm(dim=(2, 3), keepdim=True)), shape=IMAGES, linear=True)  # fmt: skip
-complete("layer norm over channels", lambda x: F.layer_norm(x.permute(0, 2, 3, 1), (4,), None, HIDDEN[:4]).permute(0, 3, 1, 2), shape=IMAGES)  # fmt: skip
+complete(
+    "global response norm",
+    lambda x: (lambda g: A[:4, None, None] * x * (g / (g.mean(1, keepdim=True) + 1e-6)) + B[:4, None, None] + x)(
+        x.norm(dim=(2, 3), keepdim=True)
+    ),
+    shape=IMAGES,
+    linear=True,
+)
+complete(
+    "layer norm over channels",
+    lambda x: F.layer_norm(x.permute(0, 2, 3, 1), (4,), None, HIDDEN[:4]).permute(0, 3, 1, 2),
+    shape=IMAGES,
+)
 complete("dynamic tanh", lambda x: torch.tanh(0.8 * x) * A + HIDDEN)
 complete("weight norm", lambda x, layer=parametrizations.weight_norm(drawn(nn.Linear(8, 8))): F.gelu(layer(x)))
-complete("spectral norm", lambda x, layer=parametrizations.spectral_norm(drawn(nn.Linear(8, 8))).eval(): F.gelu(layer(x)))  # fmt: skip
+complete(
+    "spectral norm", lambda x, layer=parametrizations.spectral_norm(drawn(nn.Linear(8, 8))).eval(): F.gelu(layer(x))
+)
 
 
 @complete("weight standardisation", shape=IMAGES)
@@ -636,18 +762,36 @@ complete("square root as the stream", lambda x: (x.abs() + 0.1).sqrt())
 complete("cube", lambda x: (x + 0.5) ** 3)
 refused("exponential as the stream", "an exponential has no degree: explain what stands in it", torch.exp)
 refused("softmax as the stream", "explain a logit, never a probability", lambda x: x.softmax(-1))
-refused("mixture of softmaxes as the stream", "explain a logit, never a probability", lambda x: (x[..., :2].softmax(-1)[..., None, :] @ torch.stack([(x @ P).softmax(-1), (x @ Q).softmax(-1)], -2)))  # fmt: skip
+refused(
+    "mixture of softmaxes as the stream",
+    "explain a logit, never a probability",
+    lambda x: x[..., :2].softmax(-1)[..., None, :] @ torch.stack([(x @ P).softmax(-1), (x @ Q).softmax(-1)], -2),
+)
 refused("log-softmax as the stream", "explain a logit, never a log-probability", lambda x: F.log_softmax(x @ P, -1))
 refused("log-sum-exp pooling", "explain the logits in it", lambda x: x.logsumexp(1))
-refused("softplus as the stream", "at 0 it is log 2, which is nobody's: explain its argument", lambda x: F.softplus(x @ P))  # fmt: skip
-refused("sine as the stream", "periodic: a slope sin(x)/x would vanish at every multiple of pi", lambda x: torch.sin(x @ P + A))  # fmt: skip
+refused(
+    "softplus as the stream", "at 0 it is log 2, which is nobody's: explain its argument", lambda x: F.softplus(x @ P)
+)
+refused(
+    "sine as the stream",
+    "periodic: a slope sin(x)/x would vanish at every multiple of pi",
+    lambda x: torch.sin(x @ P + A),
+)
 refused("Snake", "holds a sine as the stream", lambda x: x + torch.sin(A * x).square() / A)
-refused("radial basis functions", "an exponential as the stream", lambda x: torch.exp(-(x[..., None, :] - Q).square().sum(-1)) @ P)  # fmt: skip
+refused(
+    "radial basis functions",
+    "an exponential as the stream",
+    lambda x: torch.exp(-(x[..., None, :] - Q).square().sum(-1)) @ P,
+)
 refused("logarithm as the stream", "infinite at 0, so that no slope f(x)/x exists", lambda x: torch.log(x.abs() + 0.1))
 refused("one over the stream", "of degree -1, and no stream above the line", lambda x: 1 / (x.abs() + 1))
 refused("negative power", "of degree -1, and no stream above the line", lambda x: (x.abs() + 1) ** -0.5)
 refused("a number to the stream's power", "an exponential as the stream", lambda x: 2**x)
-refused("variance as a feature", "a variance is a denominator, not a stream: explain a standard deviation", lambda x: torch.cat([x, x.var(-1, keepdim=True)], -1))  # fmt: skip
+refused(
+    "variance as a feature",
+    "a variance is a denominator, not a stream: explain a standard deviation",
+    lambda x: torch.cat([x, x.var(-1, keepdim=True)], -1),
+)
 refused("rounded", "its derivative is 0 everywhere", lambda x: x + torch.round(x))
 
 
@@ -678,23 +822,54 @@ complete("module: Bilinear", lambda x, layer=drawn(nn.Bilinear(8, 8, 3)): layer(
 complete("outer product", lambda x: x[:, 0, :, None] * F.gelu(x)[:, 1, None, :])
 complete("covariance pooling", lambda x: (lambda c: c.mT @ c / 5)(x - x.mean(1, keepdim=True)))
 complete("factorisation machine", lambda x: ((x @ P).square() - x.square() @ Q.square()).sum(-1) / 2 + x @ A + 0.3)
-complete("sorted, median, top", lambda x: x.sort(1)[0] @ P + x.median(1, keepdim=True)[0] + x.topk(5, -1)[0].mean() + 1, linear=True)  # fmt: skip
+complete(
+    "sorted, median, top",
+    lambda x: x.sort(1)[0] @ P + x.median(1, keepdim=True)[0] + x.topk(5, -1)[0].mean() + 1,
+    linear=True,
+)
 complete("cumulative sum and maximum", lambda x: x.cumsum(1) @ P + x.cummax(1)[0] + HIDDEN, linear=True)
-complete("bag of weighted embeddings", lambda x: F.embedding_bag(torch.arange(8).expand(2, 8), P, per_sample_weights=F.gelu(x[:, 0]), mode="sum"))  # fmt: skip
+complete(
+    "bag of weighted embeddings",
+    lambda x: F.embedding_bag(torch.arange(8).expand(2, 8), P, per_sample_weights=F.gelu(x[:, 0]), mode="sum"),
+)
 refused("product over tokens", "of the degree of the number of tokens, which no rule shares out", lambda x: x.prod(1))
-refused("matrix inverse", "of degree -1, and no stream above the line", lambda x: torch.linalg.inv(torch.eye(8) + x.mT @ x))  # fmt: skip
-refused("determinant", "of the degree of its size, which no rule shares out", lambda x: torch.linalg.det(torch.eye(8) + x.mT @ x))  # fmt: skip
-refused("a constant system solved for the stream's inverse", "of degree -1, and no stream above the line", lambda x: torch.linalg.solve_triangular(torch.eye(5) + (x @ x.mT).tril(-1), HIDDEN_MATRIX.expand(2, 5, 8), upper=False))  # fmt: skip
+refused(
+    "matrix inverse", "of degree -1, and no stream above the line", lambda x: torch.linalg.inv(torch.eye(8) + x.mT @ x)
+)
+refused(
+    "determinant",
+    "of the degree of its size, which no rule shares out",
+    lambda x: torch.linalg.det(torch.eye(8) + x.mT @ x),
+)
+refused(
+    "a constant system solved for the stream's inverse",
+    "of degree -1, and no stream above the line",
+    lambda x: torch.linalg.solve_triangular(
+        torch.eye(5) + (x @ x.mT).tril(-1), HIDDEN_MATRIX.expand(2, 5, 8), upper=False
+    ),
+)
 
 
 # ---- pictures and signals --------------------------------------------------------------------------------------------
 
 complete("interpolated", lambda x: F.interpolate(F.gelu(x + 1), scale_factor=2, mode="bilinear"), shape=IMAGES)
-complete("sampled on a constant grid", lambda x: F.grid_sample(x, torch.linspace(-1, 1, 36).double().reshape(1, 6, 3, 2).expand(2, 6, 3, 2), align_corners=False), shape=IMAGES, linear=True)  # fmt: skip
+complete(
+    "sampled on a constant grid",
+    lambda x: F.grid_sample(
+        x, torch.linspace(-1, 1, 36).double().reshape(1, 6, 3, 2).expand(2, 6, 3, 2), align_corners=False
+    ),
+    shape=IMAGES,
+    linear=True,
+)
 complete("unfolded and folded", lambda x: F.fold(F.gelu(F.unfold(x, 3) + 0.2), (6, 6), 3), shape=IMAGES)
 complete("pooled", lambda x: F.max_pool2d(F.gelu(x), 2) + F.avg_pool2d(x, 2) + HIDDEN[0], shape=IMAGES)
 complete("Fourier mixing", lambda x: F.layer_norm(torch.fft.fft2(x).real + x, (8,), A, B))
-complete("global filter", lambda x, weights=buffer(3, 8, dtype=torch.complex128): F.gelu(torch.fft.irfft(torch.fft.rfft(x, dim=1) * weights, n=5, dim=1) + 1))  # fmt: skip
+complete(
+    "global filter",
+    lambda x, weights=buffer(3, 8, dtype=torch.complex128): F.gelu(
+        torch.fft.irfft(torch.fft.rfft(x, dim=1) * weights, n=5, dim=1) + 1
+    ),
+)
 complete("product of complex streams", lambda x: (lambda z: z * z.conj().roll(1, -1))(torch.complex(x, x @ P + 1)))
 complete("modulus of a complex stream", lambda x: torch.complex(x, x @ P).abs() @ Q, linear=True)
 
@@ -767,10 +942,19 @@ def save_matrix_products(context, operation, *args, **kwargs):
 
 
 complete("checkpointed block", lambda x: checkpoint(block, x, use_reentrant=False))
-complete("selectively checkpointed block", lambda x: checkpoint(block, x, use_reentrant=False, context_fn=lambda: create_selective_checkpoint_contexts(save_matrix_products)))  # fmt: skip
+complete(
+    "selectively checkpointed block",
+    lambda x: checkpoint(
+        block, x, use_reentrant=False, context_fn=lambda: create_selective_checkpoint_contexts(save_matrix_products)
+    ),
+)
 refused("reentrant checkpoint", "it hides the graph", lambda x: checkpoint(block, x, use_reentrant=True))
 complete("vmap", lambda x: torch.vmap(lambda sample: F.gelu(sample @ P + HIDDEN) @ Q + 1)(x))
-refused("gradient of an energy", "the graph holds derivatives of operations, which are none of the table", lambda x: torch.autograd.grad(F.gelu(x @ P).sum(), x, create_graph=True)[0])  # fmt: skip
+refused(
+    "gradient of an energy",
+    "the graph holds derivatives of operations, which are none of the table",
+    lambda x: torch.autograd.grad(F.gelu(x @ P).sum(), x, create_graph=True)[0],
+)
 
 RANDOM = "the output is random: dropout is active"
 refused("dropout", RANDOM, lambda x: F.dropout(F.gelu(x), 0.5, training=True))
