@@ -111,68 +111,84 @@ torch.cat([{a}[:2], {b}[2:]]) | torch.stack(list({a}.unbind(1))[::-1]) | torch.c
 torch.stack([{a}, {b}, {c}]).mean(0) | torch.cat([{a}.chunk(2)[1], {b}.chunk(2)[0]]) | {a}.expand(3, 4, 4).sum(0) / 3
 {a}.repeat_interleave(2, 0)[::2] | {a}.diagonal().diag_embed() + {b}.tril(-1) | {a}.unfold(1, 2, 2).reshape(4, 4)
 F.pad({a}[:, :3], (1, 0)) | F.pad({a}[None, :, :2], (1, 1), mode="reflect")[0] | torch.where({M}, {a}, {b})
-F.pad({a}[None, :, :2], (1, 1), mode="circular")[0] | torch.where({a} > {b}, {a}, {c}) | {a}.scatter(1, torch.tensor([{j}] * 4), {b})
-{a}.scatter_add(0, torch.tensor([{i}] * 4), {b}) | {a}.index_add(1, torch.tensor({i}), {b}) | {a}.masked_scatter({M}, {b})
-{a}.index_copy(0, torch.tensor({j}), {b}) | {a}.select_scatter({b}[0], 1, 2) | {a}.slice_scatter({b}[:2], 0, 1, 3)
+F.pad({a}[None, :, :2], (1, 1), mode="circular")[0] | torch.where({a} > {b}, {a}, {c})
+{a}.scatter(1, torch.tensor([{j}] * 4), {b}) | {a}.scatter_add(0, torch.tensor([{i}] * 4), {b})
+{a}.index_add(1, torch.tensor({i}), {b}) | {a}.masked_scatter({M}, {b}) | {a}.index_copy(0, torch.tensor({j}), {b})
+{a}.select_scatter({b}[0], 1, 2) | {a}.slice_scatter({b}[:2], 0, 1, 3)
 {a}.index_put((torch.tensor({i}),), {b}, accumulate=True) | {a} * ({b} > 0) | {a} * {M} | {a}.masked_fill({M}, 0)
-{a}.contiguous().as_strided((4, 4), (1, 4)) | {a}[None].permute(2, 1, 0).squeeze() | {a}.clone() | torch.lerp({a}, {b}, {p})
-{a} @ {C} | {C} @ {a} | torch.mv({a}, {v}) + {b} | F.conv1d({a}[None], {C}[:, :, None])[0] | {a} * {C} | {a} * {v}
-torch.maximum({a}, {b}) | torch.fmin({a}, {b}) | F.relu({a}) + {b} | F.leaky_relu({a}, 0.3) | {a}.abs() - {b}
-F.prelu({a}, {w}) | F.max_pool1d({a}, 2, 1, 1)[:, :4] | F.avg_pool2d({a}[None], 3, 1, 1)[0] | F.hardshrink({a}, 0.3) + {b}
-F.interpolate({a}[None, None], scale_factor=2, mode="bilinear")[0, 0, 1::2, ::2] | torch.fft.fft2({a}).real / 4
-torch.fft.irfft(torch.fft.rfft({a}) * {Z}[:, :3], n=4) | torch.complex({a}, {b}).abs() | torch.complex({a}, {b}).roll(1, 0).imag
+{a}.contiguous().as_strided((4, 4), (1, 4)) | {a}[None].permute(2, 1, 0).squeeze() | {a}.clone()
+torch.lerp({a}, {b}, {p}) | {a} @ {C} | {C} @ {a} | torch.mv({a}, {v}) + {b} | F.conv1d({a}[None], {C}[:, :, None])[0]
+{a} * {C} | {a} * {v} | torch.maximum({a}, {b}) | torch.fmin({a}, {b}) | F.relu({a}) + {b} | F.leaky_relu({a}, 0.3)
+{a}.abs() - {b} | F.prelu({a}, {w}) | F.max_pool1d({a}, 2, 1, 1)[:, :4] | F.avg_pool2d({a}[None], 3, 1, 1)[0]
+F.hardshrink({a}, 0.3) + {b} | F.interpolate({a}[None, None], scale_factor=2, mode="bilinear")[0, 0, 1::2, ::2]
+torch.fft.fft2({a}).real / 4 | torch.fft.irfft(torch.fft.rfft({a}) * {Z}[:, :3], n=4) | torch.complex({a}, {b}).abs()
+torch.complex({a}, {b}).roll(1, 0).imag
 torch.view_as_real(torch.view_as_complex({a}.reshape(4, 2, 2).contiguous()) * {Z}[:, :2]).reshape(4, 4)
 ({a}[:, 0] + {b}[:, 1]).repeat(4, 1) | torch.vmap(lambda row: row @ {C})({a}) | {a}.to(torch.complex128).mul(1j).imag
 F.grid_sample({a}[None, None], {B}.reshape(1, 4, 2, 2).repeat(1, 1, 2, 1), align_corners=False)[0, 0]
-{a} + {b}.norm(dim=1, keepdim=True) | {a} + {b}.std(0) | {a}.abs().sum(1, keepdim=True) + {b} | torch.einsum("ij,kj->ki", {a}, {C})
+{a} + {b}.norm(dim=1, keepdim=True) | {a} + {b}.std(0) | {a}.abs().sum(1, keepdim=True) + {b}
+torch.einsum("ij,kj->ki", {a}, {C})
 """
 
 ADDED = """
 {a} + {s} | {s} - {a} | {a} + {C} | {C} - {a} | {a} - {v} | {a} + {k} | torch.rsub({a}, {B}) | {a} + {B}.float()
-{a} + torch.arange(4) | {a} + ({b} > 0) | {a} + {b}.detach() | {a} + ({b}.round() - {b}).detach() | {a}.add({C}, alpha={s})
-F.linear({a}, {C}, {v}) | torch.addmm({v}, {a}, {C}) | torch.addmm({D}, {a}, {C}, beta={s}) | torch.addcmul({a}, {C}, {D})
-F.conv1d({a}[None], {C}[:, :, None], {v})[0] | torch.baddbmm({D}[None], {a}[None], {C}[None])[0] | {a} @ {C} + {B}
-torch.cat([{a}[:3], torch.ones(1, 4)]) | torch.cat([{C}[:, :1], {a}[:, 1:]], 1) | torch.stack([{a}[0], {v}, {b}[1], {B}[2]])
-F.pad({a}[:3, :3], (1, 0, 0, 1), value={s}) | {a}.masked_fill({M}, {s}) | torch.where({M}, {a}, {s}) | torch.where({M}, {C}, {a})
-torch.where({a} > {s}, {a}, {B}) | torch.maximum({a}, {C}) | torch.minimum({a}, torch.tensor({s})) | F.threshold({a}, {s}, {p})
-{a}.clamp(-{p}, {p}) + {b} | {a}.clamp(min={s}) | {a}.clamp(max={s}) | {a}.index_fill(1, torch.tensor([0, 2]), {s})
-{a}.scatter(1, torch.tensor([{i}] * 4), {s}) | {a}.scatter(1, torch.tensor([{j}] * 4), {C}) | {a}.index_copy(0, torch.tensor({j}), {C})
-{a}.index_add(0, torch.tensor({i}), {C}) | {a}.masked_scatter({M}, {C}) | {a}.select_scatter({v}, 1, 2) | {a}.tril() + {C}.triu(1)
-{a}.index_put((torch.tensor({j}),), {C}) | {C}.index_put((torch.tensor({j}),), {a}) | torch.lerp({a}, {C}, {p}) | torch.lerp({C}, {a}, {p})
-F.batch_norm({a}, {B}[0], {B}[1].abs() + 0.5, {w}, {v}) | F.batch_norm({a}, {B}[0], {B}[1].square() + 0.5)
+{a} + torch.arange(4) | {a} + ({b} > 0) | {a} + {b}.detach() | {a} + ({b}.round() - {b}).detach()
+{a}.add({C}, alpha={s}) | F.linear({a}, {C}, {v}) | torch.addmm({v}, {a}, {C}) | torch.addmm({D}, {a}, {C}, beta={s})
+torch.addcmul({a}, {C}, {D}) | F.conv1d({a}[None], {C}[:, :, None], {v})[0]
+torch.baddbmm({D}[None], {a}[None], {C}[None])[0] | {a} @ {C} + {B} | torch.cat([{a}[:3], torch.ones(1, 4)])
+torch.cat([{C}[:, :1], {a}[:, 1:]], 1) | torch.stack([{a}[0], {v}, {b}[1], {B}[2]])
+F.pad({a}[:3, :3], (1, 0, 0, 1), value={s}) | {a}.masked_fill({M}, {s}) | torch.where({M}, {a}, {s})
+torch.where({M}, {C}, {a}) | torch.where({a} > {s}, {a}, {B}) | torch.maximum({a}, {C})
+torch.minimum({a}, torch.tensor({s})) | F.threshold({a}, {s}, {p}) | {a}.clamp(-{p}, {p}) + {b} | {a}.clamp(min={s})
+{a}.clamp(max={s}) | {a}.index_fill(1, torch.tensor([0, 2]), {s}) | {a}.scatter(1, torch.tensor([{i}] * 4), {s})
+{a}.scatter(1, torch.tensor([{j}] * 4), {C}) | {a}.index_copy(0, torch.tensor({j}), {C})
+{a}.index_add(0, torch.tensor({i}), {C}) | {a}.masked_scatter({M}, {C}) | {a}.select_scatter({v}, 1, 2)
+{a}.tril() + {C}.triu(1) | {a}.index_put((torch.tensor({j}),), {C}) | {C}.index_put((torch.tensor({j}),), {a})
+torch.lerp({a}, {C}, {p}) | torch.lerp({C}, {a}, {p}) | F.batch_norm({a}, {B}[0], {B}[1].abs() + 0.5, {w}, {v})
+F.batch_norm({a}, {B}[0], {B}[1].square() + 0.5)
 torch.view_as_real(torch.view_as_complex({a}.reshape(4, 2, 2).contiguous()) + {Z}[:, :2]).reshape(4, 4)
-{a}.masked_fill({M}, -torch.inf).amax(0) * 0 + {a} | {a} + {v}.expand(4, 4).T | {a} + ({C} @ {D}) | {a} + {C}.softmax(0) @ {D}
-torch.outer({v}, {a}[0]) + {k} | {a} + torch.sigmoid({v}) * {C} | torch.addr({a}, {v}, {u}) | {a} + F.layer_norm({C}, (4,), {w}, {u})
-{a} + F.gelu({C}) | ({a}.flatten() + {C}.flatten()).view(4, 4) | {a} + {C}[{i}] | torch.vmap(lambda row: F.relu(row + 1))({a})
+{a}.masked_fill({M}, -torch.inf).amax() + {a} | {a} + {v}.expand(4, 4).T | {a} + ({C} @ {D})
+{a} + {C}.softmax(0) @ {D} | torch.outer({v}, {a}[0]) + {k} | {a} + torch.sigmoid({v}) * {C} | torch.addr({a}, {v}, {u})
+{a} + F.layer_norm({C}, (4,), {w}, {u}) | {a} + F.gelu({C}) | ({a}.flatten() + {C}.flatten()).view(4, 4)
+{a} + {C}[{i}] | torch.vmap(lambda row: F.relu(row + 1))({a})
 """
 
 NONLINEAR = """
-F.gelu({a}) | F.gelu({a}, approximate="tanh") | F.silu({a}) | F.mish({a}) | F.hardswish({a}) | F.elu({a}) | F.celu({a}, 0.7)
-F.selu({a}) | F.softsign({a}) | F.softshrink({a}, 0.3) + {b} | torch.tanh({a}) | 3 * torch.tanh({a} / 3) | torch.erf({a})
-torch.atan({a}) | torch.asinh({a}) | F.hardtanh({a}) | torch.sigmoid({a}) | torch.expm1({a} / 4) | torch.log1p({a}.abs())
-{a} * torch.sigmoid({a}) | 0.5 * {a} * (1 + torch.erf({a} / 1.5)) | F.glu(torch.cat([{a}, {b}], 1)) | {a}.square() | {a} ** 3 / 4
-(1 + {a}.abs()).sqrt() | ({a}.abs() + {B}.abs() + 0.1) ** 1.5 | F.relu({a} + {s}).square() | {a} * {b} | {a} * {b}[0]
-{a}[:, :1] * {b}[1] | {a} @ {b} / 2 | {a} @ {b}.T @ {c} / 4 | torch.addcmul({a}, {b}, {c}) | torch.addmm({a}, {b}, {c})
-torch.einsum("ij,jk,kl->il", {a}, {C}, {b}) | torch.einsum("ij,ij,ij->ij", {a}, {b}, {c}) / 2 | torch.outer({a}[0], {b}[:, 1])
-torch.baddbmm({a}[None], {b}[None], {c}[None], alpha={s})[0] | F.conv1d({a}[None], {b}[:, :, None], {c}[0])[0] | F.linear({a}, {b}, {v})
-(torch.complex({a}, {b}) * torch.complex({b}, {c}).conj()).imag | F.silu({a} @ {C}) * ({a} @ {D} + {v}) | {a} * {a}.mean()
-{a} / (1 + {b}.abs()) | {a} / ({b}.square() + 0.5) | {a} / {b}.norm(dim=1, keepdim=True).clamp(min=0.5) | {a}.div(1 + {b}.amax().abs())
-F.layer_norm({a}, (4,), {w}, {v}) | F.layer_norm({a}, (4,)) | F.layer_norm({a}, (4, 4)) | F.rms_norm({a}, (4,), {w}, 0.01)
-F.group_norm({a}, 2, {w}, {v}) | F.instance_norm({a}[None])[0] | F.normalize({a}, dim=1) | F.local_response_norm({a}[None], 3)[0]
-{a} * torch.rsqrt({a}.square().mean(1, keepdim=True) + 0.01) | ({a} - {a}.mean(1, keepdim=True)) / ({a}.std(1, keepdim=True) + 0.1)
+F.gelu({a}) | F.gelu({a}, approximate="tanh") | F.silu({a}) | F.mish({a}) | F.hardswish({a}) | F.elu({a})
+F.celu({a}, 0.7) | F.selu({a}) | F.softsign({a}) | F.softshrink({a}, 0.3) + {b} | torch.tanh({a})
+3 * torch.tanh({a} / 3) | torch.erf({a}) | torch.atan({a}) | torch.asinh({a}) | F.hardtanh({a}) | torch.sigmoid({a})
+torch.expm1({a} / 4) | torch.log1p({a}.abs()) | {a} * torch.sigmoid({a}) | 0.5 * {a} * (1 + torch.erf({a} / 1.5))
+F.glu(torch.cat([{a}, {b}], 1)) | {a}.square() | {a} ** 3 / 4 | (1 + {a}.abs()).sqrt()
+({a}.abs() + {B}.abs() + 0.1) ** 1.5 | F.relu({a} + {s}).square() | {a} * {b} | {a} * {b}[0] | {a}[:, :1] * {b}[1]
+{a} @ {b} / 2 | {a} @ {b}.T @ {c} / 4 | torch.addcmul({a}, {b}, {c}) | torch.addmm({a}, {b}, {c})
+torch.einsum("ij,jk,kl->il", {a}, {C}, {b}) | torch.einsum("ij,ij,ij->ij", {a}, {b}, {c}) / 2
+torch.outer({a}[0], {b}[:, 1]) | torch.baddbmm({a}[None], {b}[None], {c}[None], alpha={s})[0]
+F.conv1d({a}[None], {b}[:, :, None], {c}[0])[0] | F.linear({a}, {b}, {v})
+(torch.complex({a}, {b}) * torch.complex({b}, {c}).conj()).imag | F.silu({a} @ {C}) * ({a} @ {D} + {v})
+{a} * {a}.mean() | {a} / (1 + {b}.abs()) | {a} / ({b}.square() + 0.5)
+{a} / {b}.norm(dim=1, keepdim=True).clamp(min=0.5) | {a}.div(1 + {b}.amax().abs()) | F.layer_norm({a}, (4,), {w}, {v})
+F.layer_norm({a}, (4,)) | F.layer_norm({a}, (4, 4)) | F.rms_norm({a}, (4,), {w}, 0.01) | F.group_norm({a}, 2, {w}, {v})
+F.instance_norm({a}[None])[0] | F.normalize({a}, dim=1) | F.local_response_norm({a}[None], 3)[0]
+{a} * torch.rsqrt({a}.square().mean(1, keepdim=True) + 0.01)
+({a} - {a}.mean(1, keepdim=True)) / ({a}.std(1, keepdim=True) + 0.1)
 {a} * torch.rsqrt({a}.float().square().mean(1, keepdim=True) + 0.01).double() | {a} / (0.1 + {a}.abs().mean())
-({a} - {a}.mean(0)) * ({a}.var(0, unbiased=False) + 0.1).rsqrt() * {w} + {v} | {a} / {a}.square().sum(1, keepdim=True).add(0.1).sqrt()
+({a} - {a}.mean(0)) * ({a}.var(0, unbiased=False) + 0.1).rsqrt() * {w} + {v}
+{a} / {a}.square().sum(1, keepdim=True).add(0.1).sqrt()
 F.scaled_dot_product_attention({a}[None], {b}[None], {c}[None])[0] | ({a} @ {b}.T).softmax(1) @ {c}
-F.scaled_dot_product_attention({a}[None], {b}[None], {c}[None], is_causal=True)[0] | torch.sigmoid({a} @ {b}.T) @ {c} / 2
+F.scaled_dot_product_attention({a}[None], {b}[None], {c}[None], is_causal=True)[0]
+torch.sigmoid({a} @ {b}.T) @ {c} / 2
 ({a} @ {b}.T + {C}).masked_fill(torch.ones(4, 4).triu(1).bool(), -torch.inf).softmax(1) @ ({c} + {s})
-(lambda q, k: q @ (k.T @ {c}) / (q @ k.sum(0)[:, None]))(F.elu({a}) + 1, F.elu({b}) + 1) | F.relu({a} @ {b}.T).square() @ {c} / 4
-(lambda e: e / e.sum(1, keepdim=True))(({a} @ {b}.T / 2).exp()) @ {c} | F.cosine_similarity({a}, {b}[:1], dim=1)[:, None] + {c}
-torch.linalg.solve_triangular(torch.eye(4).double() + {a}.tril(-1) / 4, {b}, upper=False) | {a}[torch.topk({b}.mean(1), 4)[1]]
-checkpoint(lambda t: F.gelu(t + {s}) @ {C} + {v}, {a}, use_reentrant=False) | torch.vmap(lambda r, t: F.silu(r) * t + 1)({a}, {b})
+(lambda q, k: q @ (k.T @ {c}) / (q @ k.sum(0)[:, None]))(F.elu({a}) + 1, F.elu({b}) + 1)
+F.relu({a} @ {b}.T).square() @ {c} / 4 | (lambda e: e / e.sum(1, keepdim=True))(({a} @ {b}.T / 2).exp()) @ {c}
+F.cosine_similarity({a}, {b}[:1], dim=1)[:, None] + {c}
+torch.linalg.solve_triangular(torch.eye(4).double() + {a}.tril(-1) / 4, {b}, upper=False)
+{a}[torch.topk({b}.mean(1), 4)[1]] | checkpoint(lambda t: F.gelu(t + {s}) @ {C} + {v}, {a}, use_reentrant=False)
+torch.vmap(lambda r, t: F.silu(r) * t + 1)({a}, {b})
 F.grid_sample({a}[None, None], torch.tanh({b}).reshape(1, 4, 2, 2).repeat(1, 1, 2, 1), align_corners=False)[0, 0]
 {g} * {a} | {g} * {a} + (1 - {g}) * {b} | {g} @ {a} / 2 | {a} @ {g} / 2 | {a} * {g}.mean(0) | {a} / ({g}.square() + {p})
 {a} * {g}[:, :1] + {b} * {h}[1] | {a} * (1 + {g}) | {a} * {g}.softmax(1) | {a} + {g} * {b} | torch.lerp({a}, {b}, {g})
-torch.addcmul({a}, {g}, {b}) | torch.addmm({v}, {g}, {a}) | {a} * torch.where({M}, {g}, {s}) | torch.stack([{g} * {a}, {h} * {b}]).sum(0)
+torch.addcmul({a}, {g}, {b}) | torch.addmm({v}, {g}, {a}) | {a} * torch.where({M}, {g}, {s})
+torch.stack([{g} * {a}, {h} * {b}]).sum(0)
 """
 
 SCANS = [
@@ -214,21 +230,25 @@ for expert in range(4):
 
 # Statements that change a stream; nothing that autograd needs is lost, so that another may follow.
 IN_PLACE = """
-{m}.add_({b}) | {m}.add_({s}) | {m}.sub_({C}, alpha={s}) | {m}.mul_({b}) | {m}.mul_({s}) | {m}.mul_({v}) | {m}.div_(1 + {b}.abs())
-{m}.neg_() | {m}.copy_({b}) | {m}[1:3].copy_({B}[:2]) | {m}[0] = {b}[1] | {m}[:, 1:3] = {s} | {m}[1:, 2] = {v}[:3] | {m}[{M}] = {s}
-{m}[{i}] = {b} | {m}[:, {i}] = {C} | {m}[::2] += {b}[:2] | {m}[:, 1:] -= {s} | {m}[2] *= {b}[0] | {m}[:2] /= 2 + {b}[2:].abs()
-{m}.T[1:].add_({b}[1:]) | {m}.view_as({m})[:, :2].mul_({g}[:, :2]) | {m}.flatten()[3:9].sub_({v}[0]) | {m}.zero_() | {m}[1].zero_()
-{m}[3].fill_({s}) | {m}.masked_fill_({M}, {s}) | {m}.index_add_(0, torch.tensor({i}), {b}) | {m}.index_fill_(1, torch.tensor([1]), {s})
-{m}.index_copy_(1, torch.tensor({j}), {C}) | {m}.scatter_(1, torch.tensor([{j}] * 4), {b}) | {m}.scatter_add_(0, torch.tensor([{i}] * 4), {C})
-{m}.index_put_((torch.tensor({i}),), {b}, accumulate=True) | {m}.masked_scatter_({M}, {b}) | {m}.addcmul_({b}, {c}) | {m}.lerp_({C}, {p})
-{m}.t_() | {m}.addmm_({b}, {C}) | {m}.diagonal().add_({v}) | {m}.diagonal().fill_({s}) | {m}[:2, 1:].unsqueeze(0).mul_({s}) | {m}.mul_({g})
-{m}.unbind(0)[1].shape | {m}[1:].T.copy_({b}[:, :3]) | {m}.narrow(0, 1, 2).add_({k}[:2]) | {m}.clamp_(-{p}, {p}) | {m}.tril_()
+{m}.add_({b}) | {m}.add_({s}) | {m}.sub_({C}, alpha={s}) | {m}.mul_({b}) | {m}.mul_({s}) | {m}.mul_({v})
+{m}.div_(1 + {b}.abs()) | {m}.neg_() | {m}.copy_({b}) | {m}[1:3].copy_({B}[:2]) | {m}[0] = {b}[1] | {m}[:, 1:3] = {s}
+{m}[1:, 2] = {v}[:3] | {m}[{M}] = {s} | {m}[{i}] = {b} | {m}[:, {i}] = {C} | {m}[::2] += {b}[:2] | {m}[:, 1:] -= {s}
+{m}[2] *= {b}[0] | {m}[:2] /= 2 + {b}[2:].abs() | {m}.T[1:].add_({b}[1:]) | {m}.view_as({m})[:, :2].mul_({g}[:, :2])
+{m}.flatten()[3:9].sub_({v}[0]) | {m}.zero_() | {m}[1].zero_() | {m}[3].fill_({s}) | {m}.masked_fill_({M}, {s})
+{m}.index_add_(0, torch.tensor({i}), {b}) | {m}.index_fill_(1, torch.tensor([1]), {s})
+{m}.index_copy_(1, torch.tensor({j}), {C}) | {m}.scatter_(1, torch.tensor([{j}] * 4), {b})
+{m}.scatter_add_(0, torch.tensor([{i}] * 4), {C}) | {m}.index_put_((torch.tensor({i}),), {b}, accumulate=True)
+{m}.masked_scatter_({M}, {b}) | {m}.addcmul_({b}, {c}) | {m}.lerp_({C}, {p}) | {m}.t_() | {m}.addmm_({b}, {C})
+{m}.diagonal().add_({v}) | {m}.diagonal().fill_({s}) | {m}[:2, 1:].unsqueeze(0).mul_({s}) | {m}.mul_({g})
+{m}.unbind(0)[1].shape | {m}[1:].T.copy_({b}[:, :3]) | {m}.narrow(0, 1, 2).add_({k}[:2]) | {m}.clamp_(-{p}, {p})
+{m}.tril_()
 """
 
 # The last change of a stream: autograd needs what it leaves behind.
 IN_PLACE_LAST = """
-{m}.relu_() | {m}[1:].relu_() | F.silu({m}, inplace=True) | F.hardswish({m}, inplace=True) | {m}.tanh_() | {m}[:, :2].tanh_()
-{m}.abs_() | F.leaky_relu_({m}, 0.2) | {m}.square_() | {m}[2:].sigmoid_() | F.threshold_({m}, {s}, {p})
+{m}.relu_() | {m}[1:].relu_() | F.silu({m}, inplace=True) | F.hardswish({m}, inplace=True) | {m}.tanh_()
+{m}[:, :2].tanh_() | {m}.abs_() | F.leaky_relu_({m}, 0.2) | {m}.square_() | {m}[2:].sigmoid_()
+F.threshold_({m}, {s}, {p})
 """
 
 # Reads a view after what it shows has changed.
@@ -240,11 +260,12 @@ first, second = {m}[:2], {m}[2:]; first.add_(second * {s}); second.mul_({v}); {y
 """
 
 GATES = """
-torch.sigmoid({a}) | {a}.softmax(1) | ({a} / 2).exp() | F.softplus({a}) | torch.rsqrt(1 + {a}.square()) | F.hardsigmoid({a})
-1 - {g} | {g} * {h} | {g} + {h} | {g} @ {h} / 4 | {g}.clamp(min=0.1) | {g}.T | {g} * {C} | {g} + {s} | torch.sigmoid({g} @ {C} + {v})
-torch.cat([{g}[:2], {h}[2:]]) | torch.log(1 + {g}.abs()) | {g}.float().double() | F.layer_norm({g}, (4,)) | torch.sin({a})
-torch.cos({a}) | {g}.square() | 1 / (1 + {g}.square()) | {g}.masked_fill({M}, {s}) | {g}.cumsum(1) / 2 | torch.tanh({a})
-{g} / {h}.abs().add(0.5) | F.relu({g}) | {g}.mean(0) * {h} | ({a} @ {b}.T / 2).sigmoid() | (-{a}.square()).exp() | {g}[{i}]
+torch.sigmoid({a}) | {a}.softmax(1) | ({a} / 2).exp() | F.softplus({a}) | torch.rsqrt(1 + {a}.square())
+F.hardsigmoid({a}) | 1 - {g} | {g} * {h} | {g} + {h} | {g} @ {h} / 4 | {g}.clamp(min=0.1) | {g}.T | {g} * {C}
+{g} + {s} | torch.sigmoid({g} @ {C} + {v}) | torch.cat([{g}[:2], {h}[2:]]) | torch.log(1 + {g}.abs())
+{g}.float().double() | F.layer_norm({g}, (4,)) | torch.sin({a}) | torch.cos({a}) | {g}.square() | 1 / (1 + {g}.square())
+{g}.masked_fill({M}, {s}) | {g}.cumsum(1) / 2 | torch.tanh({a}) | {g} / {h}.abs().add(0.5) | F.relu({g})
+{g}.mean(0) * {h} | ({a} @ {b}.T / 2).sigmoid() | (-{a}.square()).exp() | {g}[{i}]
 """
 
 # What nobody can balance, once in a while: a refusal, not a wrong number.
