@@ -50,8 +50,6 @@ class Verdict:
 
     kind: Literal["complete", "refused", "wrong"]
     text: str = ""
-    output: Tensor | None = None
-    parts: tuple[Tensor, ...] = ()  # the inputs and the additive constants
 
 
 def readout(y: Tensor) -> Tensor:
@@ -70,23 +68,28 @@ def judge(function: Callable[..., Tensor], *inputs: Tensor) -> Verdict:
     """What libra_grad says of `function`, whose forward pass runs inside observed()."""
     torch.manual_seed(0)
     expected = readout(function(*inputs))
-    torch.manual_seed(0)
-    with observed():
-        output = readout(function(*inputs))
-    torch.testing.assert_close(output, expected, rtol=1e-12, atol=1e-12, msg="observed() changed the output")
     try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "a parameter that is added here also multiplies")
-            parts = (*inputs, *additive_constants(output, inputs))
+        output, parts = forward(function, *inputs)
         gradients = libra_grad(output, parts, retain_graph=True)
     except (UnsupportedOperation, ValueError, ArithmeticError) as error:
         if not is_deliberate(error):
             raise
         return Verdict("refused", str(error))
+    torch.testing.assert_close(output, expected, rtol=1e-12, atol=1e-12, msg="observed() changed the output")
     error = error_of(output, parts, gradients)
     if error <= TOLERANCE:
-        return Verdict("complete", "", output, parts)
-    return Verdict("wrong", f"the sum is off by {error:.1e} of its terms' magnitude", output, parts)
+        return Verdict("complete")
+    return Verdict("wrong", f"the sum is off by {error:.1e} of its terms' magnitude")
+
+
+def forward(function: Callable[..., Tensor], *inputs: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """The readout of an observed forward pass; the inputs and all constants that are added to them."""
+    torch.manual_seed(0)
+    with observed():
+        output = readout(function(*inputs))
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "a parameter that is added here also multiplies")
+        return output, (*inputs, *additive_constants(output, inputs))
 
 
 def is_deliberate(error: Exception) -> bool:
@@ -335,8 +338,6 @@ class Program:
         self.values = dict(TOOLS)
         with torch.no_grad():
             exec("\n".join(self.made), self.values)
-            self.write("g0 = torch.sigmoid(x0)")
-            self.gates.append("g0")
             for template, number in steps:
                 Drawing(self, template, random.Random(number)).write()
 
@@ -432,6 +433,9 @@ class Drawing(dict):
         if field in "abc":
             return self.read(program.streams)
         if field in "gh":
+            if not program.gates:
+                program.write("g = torch.sigmoid(x0)")
+                program.gates.append("g")
             return program.gates[-1 - min(int(generator.expovariate(0.5)), len(program.gates) - 1)]
         if field == "gate":
             return program.new("g")

@@ -227,9 +227,9 @@ def written_into_ones(x):
 
 @complete("tokens written into zeros one by one")
 def written_into_zeros(x):
-    y = torch.zeros_like(x)
+    y, last = torch.zeros_like(x), HIDDEN
     for i in range(5):
-        y[:, i] = F.silu(x[:, i] + y[:, i - 1] @ Q)
+        y[:, i] = last = F.silu(x[:, i] + last @ Q)
     return y
 
 
@@ -352,10 +352,11 @@ complete(
     "module: frozen TransformerDecoderLayer",
     lambda x, layer=frozen(nn.TransformerDecoderLayer(8, 2, 16, batch_first=True)): layer(x[:, :2], x),
 )
-refused(
-    "attention to constant values",
-    "the softmax is the stream: what is read out is a probability of each constant",
-    lambda x: (x @ P).softmax(-1) @ HIDDEN,
+# The map is held constant, so that what is read out is a sum of constants: all of the output is theirs.
+complete("attention to values that learn", lambda x: (x @ P).softmax(-1) @ Q)
+complete("attention to frozen values", lambda x: (x @ P).softmax(-1) @ HIDDEN)
+complete(
+    "fused attention to frozen values", lambda x: F.scaled_dot_product_attention(x @ P, x @ Q, HIDDEN_MATRIX[None])
 )
 
 
@@ -780,8 +781,8 @@ refused(
 refused("Snake", "holds a sine as the stream", lambda x: x + torch.sin(A * x).square() / A)
 refused(
     "radial basis functions",
-    "an exponential as the stream",
-    lambda x: torch.exp(-(x[..., None, :] - Q).square().sum(-1)) @ P,
+    "exponentials as the stream",
+    lambda x: torch.exp(-(x[..., None, :] - Q).square().sum(-1)).sum(-1),
 )
 refused("logarithm as the stream", "infinite at 0, so that no slope f(x)/x exists", lambda x: torch.log(x.abs() + 0.1))
 refused("one over the stream", "of degree -1, and no stream above the line", lambda x: 1 / (x.abs() + 1))

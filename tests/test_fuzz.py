@@ -1,12 +1,9 @@
 """Random graphs of up to sixty operations are complete, or refused; nearly all are complete. See fuzz.py."""
 
-import subprocess
-import sys
 from collections import Counter
-from pathlib import Path
 
 import pytest
-from fuzz import GOOD, POOL, TEMPLATES, Program, outcome, random_steps, shrunk
+from fuzz import GOOD, POOL, TEMPLATES, Program, outcome, random_steps
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
