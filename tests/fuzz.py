@@ -48,7 +48,7 @@ TOLERANCE = 1e-9
 class Verdict:
     """complete: the terms <t, gradient> over inputs and constants sum to the output. refused: by a sentence of ours."""
 
-    kind: Literal["complete", "refused", "wrong"]
+    kind: Literal["complete", "refused", "imprecise", "wrong"]
     text: str = ""
 
 
@@ -79,7 +79,7 @@ def judge(function: Callable[..., Tensor], *inputs: Tensor) -> Verdict:
     error = error_of(output, parts, gradients)
     if error <= TOLERANCE:
         return Verdict("complete")
-    return Verdict("wrong", f"the sum is off by {error:.1e} of its terms' magnitude")
+    return Verdict("imprecise" if error < 1e-6 else "wrong", f"the sum is off by {error:.1e} of its terms' magnitude")
 
 
 def forward(function: Callable[..., Tensor], *inputs: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
@@ -138,7 +138,7 @@ ADDED = """
 {a} + torch.arange(4) | {a} + ({b} > 0) | {a} + {b}.detach() | {a} + ({b}.round() - {b}).detach()
 {a}.add({C}, alpha={s}) | F.linear({a}, {C}, {v}) | torch.addmm({v}, {a}, {C}) | torch.addmm({D}, {a}, {C}, beta={s})
 torch.addcmul({a}, {C}, {D}) | F.conv1d({a}[None], {C}[:, :, None], {v})[0]
-torch.baddbmm({D}[None], {a}[None], {C}[None])[0] | {a} @ {C} + {B} | torch.cat([{a}[:3], torch.ones(1, 4)])
+torch.baddbmm({D}[None], {a}[None], {C}[None])[0] | {a} @ {C} + {B} | torch.cat([{a}[:3], torch.ones(1, 4).double()])
 torch.cat([{C}[:, :1], {a}[:, 1:]], 1) | torch.stack([{a}[0], {v}, {b}[1], {B}[2]])
 F.pad({a}[:3, :3], (1, 0, 0, 1), value={s}) | {a}.masked_fill({M}, {s}) | torch.where({M}, {a}, {s})
 torch.where({M}, {C}, {a}) | torch.where({a} > {s}, {a}, {B}) | torch.maximum({a}, {C})
@@ -151,7 +151,7 @@ torch.lerp({a}, {C}, {p}) | torch.lerp({C}, {a}, {p}) | F.batch_norm({a}, {B}[0]
 F.batch_norm({a}, {B}[0], {B}[1].square() + 0.5)
 torch.view_as_real(torch.view_as_complex({a}.reshape(4, 2, 2).contiguous()) + {Z}[:, :2]).reshape(4, 4)
 {a}.masked_fill({M}, -torch.inf).amax() + {a} | {a} + {v}.expand(4, 4).T | {a} + ({C} @ {D})
-{a} + {C}.softmax(0) @ {D} | torch.outer({v}, {a}[0]) + {k} | {a} + torch.sigmoid({v}) * {C} | torch.addr({a}, {v}, {u})
+{a} + {B}.softmax(0) @ {D} | torch.outer({v}, {a}[0]) + {k} | {a} + torch.sigmoid({v}) * {C} | torch.addr({a}, {v}, {u})
 {a} + F.layer_norm({C}, (4,), {w}, {u}) | {a} + F.gelu({C}) | ({a}.flatten() + {C}.flatten()).view(4, 4)
 {a} + {C}[{i}] | torch.vmap(lambda row: F.relu(row + 1))({a})
 """
@@ -235,7 +235,7 @@ for expert in range(4):
 IN_PLACE = """
 {m}.add_({b}) | {m}.add_({s}) | {m}.sub_({C}, alpha={s}) | {m}.mul_({b}) | {m}.mul_({s}) | {m}.mul_({v})
 {m}.div_(1 + {b}.abs()) | {m}.neg_() | {m}.copy_({b}) | {m}[1:3].copy_({B}[:2]) | {m}[0] = {b}[1] | {m}[:, 1:3] = {s}
-{m}[1:, 2] = {v}[:3] | {m}[{M}] = {s} | {m}[{i}] = {b} | {m}[:, {i}] = {C} | {m}[::2] += {b}[:2] | {m}[:, 1:] -= {s}
+{m}[1:, 2] = {v}[:3] | {m}[{M}] = {s} | {m}[{j}] = {b} | {m}[:, {j}] = {C} | {m}[::2] += {b}[:2] | {m}[:, 1:] -= {s}
 {m}[2] *= {b}[0] | {m}[:2] /= 2 + {b}[2:].abs() | {m}.T[1:].add_({b}[1:]) | {m}.view_as({m})[:, :2].mul_({g}[:, :2])
 {m}.flatten()[3:9].sub_({v}[0]) | {m}.zero_() | {m}[1].zero_() | {m}[3].fill_({s}) | {m}.masked_fill_({M}, {s})
 {m}.index_add_(0, torch.tensor({i}), {b}) | {m}.index_fill_(1, torch.tensor([1]), {s})
@@ -512,7 +512,7 @@ class Drawing(dict):
 
 
 def outcome(steps: Sequence[Step]) -> tuple[str, str]:
-    """complete, refused, invalid (for plain autograd, too), wrong, or the name of an exception; and its message."""
+    """complete, refused, invalid (for plain autograd, too), imprecise, wrong, or the name of an exception; and its message."""
     try:
         verdict = Program(steps).judge()
     except Exception as error:

@@ -108,8 +108,12 @@ complete("a float32 buffer is added", lambda x: x + HIDDEN.float(), linear=True)
 complete("integers are added", lambda x: x + torch.arange(8), linear=True)
 complete("a mask is added", lambda x: x + (x > 0), linear=True)
 complete("noise is added", lambda x: x + 0.1 * torch.randn_like(x), linear=True)
-complete("a parameter's exponential is added", lambda x: F.gelu(x) + B.exp())
-complete("a parameter's softplus is added", lambda x: x @ P + F.softplus(B), linear=True)
+complete("a frozen parameter's exponential is added", lambda x: F.gelu(x) + B.detach().exp())
+refused(
+    "a parameter's exponential is added",
+    "no slope f(b)/b to the leaf, and the exponential is none itself; frozen, it would be",
+    lambda x: F.gelu(x) + B.exp(),
+)
 complete("a detached part", lambda x: F.gelu(x) + (x @ P).detach())
 complete("straight-through rounding", lambda x: x + (x.round() - x).detach(), linear=True)
 complete("a detached factor", lambda x: x * x.detach(), linear=True)
@@ -130,6 +134,9 @@ complete(
 complete("the larger of stream and buffer", lambda x: torch.maximum(x, HIDDEN), linear=True)
 complete("the larger of stream and number", lambda x: torch.fmin(F.gelu(x), torch.tensor(0.3)))
 complete("clamped GELU", lambda x: F.gelu(x).clamp(0.1, 0.6))
+# 0 times no slope is 0.2: the bound itself is the constant that is added
+complete("clamp that lifts exact zeros", lambda x: F.relu(x @ P).square().clamp(min=0.2))
+complete("hardtanh that lifts exact zeros", lambda x: F.hardtanh(F.relu(x @ P).square(), 0.2, 0.9))
 complete("threshold with a value", lambda x: F.threshold(x, 0.1, 0.7), linear=True)
 complete("filled by mask with a value", lambda x: x.masked_fill(MASK, 0.7), linear=True)
 complete("masked max pooling with -inf", lambda x: F.gelu(x).masked_fill(MASK, -math.inf).amax(-1))
