@@ -968,4 +968,13 @@ RANDOM = "the output is random: dropout is active"
 refused("dropout", RANDOM, lambda x: F.dropout(F.gelu(x), 0.5, training=True))
 refused("alpha dropout", RANDOM, lambda x: F.alpha_dropout(F.selu(x), 0.5, training=True))
 refused("feature dropout", RANDOM, lambda x: F.dropout2d(x, 0.5, training=True), shape=IMAGES)
-refused("stochastic depth in training", RANDOM, lambda x: x + F.gelu(x) * x.new_empty(2, 5, 1).bernoulli_(0.5) / 0.5)
+
+
+class StochasticDepth(nn.Module):
+    def forward(self, x):
+        keep = x.new_empty(2, 1, 1).bernoulli_(0.5) if self.training else 1
+        return x + F.gelu(x) * keep
+
+
+refused("stochastic depth in training", RANDOM, lambda x, layer=StochasticDepth(): layer(x))
+complete("stochastic depth at rest, as a module", lambda x, layer=StochasticDepth().eval(): layer(x))
