@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import copy
 import random
 import sys
 import traceback
@@ -144,11 +145,11 @@ F.pad({a}[:3, :3], (1, 0, 0, 1), value={s}) | {a}.masked_fill({M}, {s}) | torch.
 torch.where({M}, {C}, {a}) | torch.where({a} > {s}, {a}, {B}) | torch.maximum({a}, {C})
 torch.minimum({a}, torch.tensor({s})) | F.threshold({a}, {s}, {p}) | {a}.clamp(-{p}, {p}) + {b} | {a}.clamp(min={s})
 {a}.clamp(max={s}) | {a}.index_fill(1, torch.tensor([0, 2]), {s}) | {a}.scatter(1, torch.tensor([{i}] * 4), {s})
-{a}.scatter(1, torch.tensor([{j}] * 4), {C}) | {a}.index_copy(0, torch.tensor({j}), {C})
+{a}.scatter(1, torch.tensor([{j}] * 4), {C}) | {a}.index_copy(0, torch.tensor({j}[:3]), {C}[:3])
 {a}.index_add(0, torch.tensor({i}), {C}) | {a}.masked_scatter({M}, {C}) | {a}.select_scatter({v}, 1, 2)
-{a}.tril() + {C}.triu(1) | {a}.index_put((torch.tensor({j}),), {C}) | {C}.index_put((torch.tensor({j}),), {a})
-torch.lerp({a}, {C}, {p}) | torch.lerp({C}, {a}, {p}) | F.batch_norm({a}, {B}[0], {B}[1].abs() + 0.5, {w}, {v})
-F.batch_norm({a}, {B}[0], {B}[1].square() + 0.5)
+{a}.tril() + {C}.triu(1) | {a}.index_put((torch.tensor({j}[:2]),), {C}[:2])
+{C}.index_put((torch.tensor({j}[:2]),), {a}[:2]) | torch.lerp({a}, {C}, {p}) | torch.lerp({C}, {a}, {p})
+F.batch_norm({a}, {B}[0], {B}[1].abs() + 0.5, {w}, {v}) | F.batch_norm({a}, {B}[0], {B}[1].square() + 0.5)
 torch.view_as_real(torch.view_as_complex({a}.reshape(4, 2, 2).contiguous()) + {Z}[:, :2]).reshape(4, 4)
 {a}.masked_fill({M}, -torch.inf).amax() + {a} | {a} + {v}.expand(4, 4).T | {a} + ({C} @ {D})
 {a} + {B}.softmax(0) @ {D} | torch.outer({v}, {a}[0]) + {k} | {a} + torch.sigmoid({v}) * {C} | torch.addr({a}, {v}, {u})
@@ -331,7 +332,7 @@ class Program:
     def __init__(self, steps: Sequence[Step]):
         self.inputs = ["x0", "x1", "x2"]
         self.streams, self.gates, self.constants = list(self.inputs), [], {}
-        self.unread = dict.fromkeys(self.inputs)  # the output is made of these, so that everything matters
+        self.unread = dict.fromkeys(self.inputs)  # by any later step
         self.mutable: str | None = None
         self.made = [f"{name} = parameter({i}, 4, 4)" for i, name in enumerate(self.inputs)]
         self.lines: list[str] = []
@@ -340,6 +341,7 @@ class Program:
             exec("\n".join(self.made), self.values)
             for template, number in steps:
                 Drawing(self, template, random.Random(number)).write()
+        self.read = list({**self.unread, **dict.fromkeys(self.inputs)})  # what the output is made of
 
     def write(self, source: str) -> None:
         self.lines.append(source)
@@ -349,18 +351,17 @@ class Program:
         return f"{kind}{len(self.streams) + len(self.gates)}"
 
     def tame(self, name: str) -> None:
-        """Rescales a stream that has grown or shrunk."""
+        """Rescales a stream that has grown or shrunk. What is nothing but rounding becomes 0."""
         size = self.values[name].abs().max().item()
         if not 0.25 <= size <= 4 and size > 0:
-            factor = 2.0 ** -round(torch.tensor(size).log2().item())
+            factor = 2.0 ** -round(torch.tensor(size).log2().item()) if size > 1e-6 else 0
             self.write(f"{name} = {name} * {factor}")
 
     @property
     def forward(self) -> str:
-        """The forward pass, which leaves what is read out in `result`."""
-        return "\n".join(
-            [*self.lines, f"result = torch.stack([{', '.join({**self.unread, **dict.fromkeys(self.inputs)})}])"]
-        )
+        """The forward pass, which leaves what is read out in `result`: streams that it still knows, and all inputs."""
+        known = [name for name in self.read if name in self.inputs or any(f"{name} = " in line for line in self.lines)]
+        return "\n".join([*self.lines, f"result = torch.stack([{', '.join(known)}])"])
 
     def judge(self) -> Verdict | None:
         """None if not even plain autograd can go back: something it needed was changed in place."""
@@ -511,28 +512,35 @@ class Drawing(dict):
 # ---- a night ---------------------------------------------------------------------------------------------------------
 
 
-def outcome(steps: Sequence[Step]) -> tuple[str, str]:
-    """complete, refused, invalid (for plain autograd, too), imprecise, wrong, or the name of an exception; and its message."""
+GOOD = ("complete", "refused", "invalid")
+
+
+def outcome(program: Program) -> tuple[str, str]:
+    """A verdict's kind, "invalid" (for plain autograd, too) or the name of an exception; and its text."""
     try:
-        verdict = Program(steps).judge()
+        verdict = program.judge()
     except Exception as error:
         return type(error).__name__, str(error)
     return (verdict.kind, verdict.text) if verdict else ("invalid", "")
 
 
-GOOD = ("complete", "refused", "invalid")
-
-
-def shrunk(steps: Sequence[Step]) -> list[Step]:
-    """The same failure with as many steps taken out as possible."""
-    failure, steps, size = outcome(steps)[0], list(steps), len(steps)
+def shrunk(steps: Sequence[Step]) -> Program:
+    """A short program with the same failure: steps are taken out, then lines, then what the output reads."""
+    failure, steps, size = outcome(Program(steps))[0], list(steps), len(steps)
     while size:
         for start in range(len(steps) - size, -1, -1):
             fewer = steps[:start] + steps[start + size :]
-            if fewer and outcome(fewer)[0] == failure:
+            if outcome(Program(fewer))[0] == failure:
                 steps = fewer
         size //= 2
-    return steps
+    program = Program(steps)
+    for part in ("lines", "read"):
+        for i in reversed(range(len(getattr(program, part)))):
+            shorter = copy.copy(program)
+            setattr(shorter, part, [item for j, item in enumerate(getattr(program, part)) if j != i])
+            if outcome(shorter)[0] == failure:
+                program = shorter
+    return program
 
 
 def main() -> int:
@@ -545,12 +553,12 @@ def main() -> int:
     with tqdm(range(options.seed, options.seed + options.examples), unit="program") as bar:
         for seed in bar:
             steps = random_steps(random.Random(seed))
-            kind, text = outcome(steps)
+            kind, _ = outcome(Program(steps))
             counts[kind] += 1
             bar.set_postfix(counts)
             if kind not in GOOD:
-                steps = shrunk(steps)
-                bar.write(f"\nseed {seed}: {kind}: {outcome(steps)[1]}\n{steps}\n{Program(steps)}")
+                program = shrunk(steps)
+                bar.write(f"\nseed {seed}: {kind}: {outcome(program)[1]}\n{program}")
             if sum(counts[k] for k in counts if k not in GOOD) >= options.failures:
                 break
     print(", ".join(f"{kind}: {count}" for kind, count in counts.most_common()))

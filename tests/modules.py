@@ -101,6 +101,7 @@ def merged(x: Tensor) -> Tensor:
 complete("a number is added", lambda x: x + 1, linear=True)
 complete("a number is added before GELU", lambda x: F.gelu(x + 0.5))
 complete("a number is added in place", lambda x: (x * 2).add_(0.5).sub_(HIDDEN, alpha=3), linear=True)
+complete("a truth value is added", lambda x: F.gelu(x) + True)
 complete("one minus", lambda x: 1 - x, linear=True)
 complete("a buffer minus", lambda x: F.silu(torch.rsub(x, HIDDEN)))
 complete("a buffer is added", lambda x: F.gelu(x + HIDDEN) @ P + B)
@@ -256,6 +257,13 @@ def through_a_view(x):
     return F.gelu(y)
 
 
+@complete("copied into a buffer's slice", linear=True)
+def copied_into_a_slice(x):
+    y = HIDDEN_TOKENS.clone()
+    y[:, 2:7].copy_(x)
+    return y
+
+
 @complete("by mask in place")
 def by_mask_in_place(x):
     y = x * 2
@@ -273,6 +281,7 @@ def by_index_in_place(x):
     return F.gelu(y)
 
 
+complete("diagonal filled in place", lambda x: F.gelu((x[0] @ P).fill_diagonal_(0.5)))
 complete("tanh in place", lambda x: (x @ P).tanh_() @ Q)
 complete("SiLU in place", lambda x: F.silu(x @ P, inplace=True))
 complete(
@@ -705,6 +714,19 @@ complete("batch norm at rest", lambda x, norm=frozen(nn.BatchNorm2d(4)): norm(x)
 complete(
     "batch norm without weights", lambda x, norm=drawn(nn.BatchNorm2d(4, affine=False)): F.gelu(norm(x)), shape=IMAGES
 )
+complete(
+    "batch norm as torch's own",
+    lambda x: F.gelu(
+        torch.batch_norm(x, None, HIDDEN[:4], HIDDEN[4:], HIDDEN[:4].abs() + 0.5, False, 0.1, 1e-5, False)
+    ),
+    shape=IMAGES,
+)
+complete(
+    "instance norm with running statistics",
+    lambda x, norm=frozen(nn.InstanceNorm2d(4, affine=True, track_running_stats=True)): norm(x),
+    shape=IMAGES,
+    linear=True,
+)
 refused("batch norm in training", "the samples mix", lambda x: F.batch_norm(x, None, None, training=True), shape=IMAGES)
 complete("layer norm, frozen", lambda x, norm=frozen(nn.LayerNorm(8)): norm(x))
 complete("group norm, frozen", lambda x, norm=frozen(nn.GroupNorm(2, 4)): norm(x), shape=IMAGES)
@@ -957,6 +979,10 @@ complete(
     ),
 )
 refused("reentrant checkpoint", "it hides the graph", lambda x: checkpoint(block, x, use_reentrant=True))
+complete(
+    "checkpointed padding",
+    lambda x: checkpoint(lambda x: F.gelu(F.pad(x, (1, 0), value=0.3)) + 1, x, use_reentrant=False),
+)
 complete("vmap", lambda x: torch.vmap(lambda sample: F.gelu(sample @ P + HIDDEN) @ Q + 1)(x))
 refused(
     "gradient of an energy",
