@@ -983,7 +983,7 @@ complete(
     "checkpointed padding",
     lambda x: checkpoint(lambda x: F.gelu(F.pad(x, (1, 0), value=0.3)) + 1, x, use_reentrant=False),
 )
-complete("vmap", lambda x: torch.vmap(lambda sample: F.gelu(sample @ P + HIDDEN) @ Q + 1)(x))
+refused("vmap", "a constant added inside a transform of torch.func has no place in the graph", lambda x: torch.vmap(lambda sample: F.gelu(sample @ P + HIDDEN) @ Q + 1)(x))
 refused(
     "gradient of an energy",
     "the graph holds derivatives of operations, which are none of the table",

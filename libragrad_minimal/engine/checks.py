@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import Node
+from torch.utils.checkpoint import CheckpointError
 
 from .nodes import Half, constant_factors, edge_of, is_custom, operation_name, saved
 from .plan import SHARED, Plan, make_plan
@@ -148,6 +149,11 @@ def is_dropped_path(node: Node) -> bool:
 def explained_errors() -> Iterator[None]:
     try:
         yield
+    except CheckpointError as error:
+        raise RuntimeError(
+            "a checkpointed part of the model saved other tensors when it was run again, which happens outside of "
+            "observed(): run the model without checkpointing inside observed()"
+        ) from error
     except RuntimeError as error:
         if "backward through the graph a second time" in str(error):
             raise RuntimeError(

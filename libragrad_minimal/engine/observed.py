@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.overrides import TorchFunctionMode
 
-from .nodes import ARGUMENT, COUNTED, HALF, OPERANDS, VERSION, Half, note
+from .nodes import ARGUMENT, COUNTED, HALF, OPERANDS, VERSION, Half, note, operation_name
 from .plan import UnsupportedOperation
 
 Arguments = dict[str, Any]
@@ -95,6 +95,8 @@ class observed(TorchFunctionMode):
             return result
         if (factors := FACTORS.get(function)) is not None and not any(is_live(args[i]) for i in factors):
             positions = [*positions, (factors[0], "")]
+        if function in PRODUCTS and len(args) == 2 and is_softmax(live):
+            positions = [(0, "input"), (1, "other")]  # the other factor is what is added
         for position, keyword in positions:
             if position < len(args):
                 counted |= is_number(args[position]) and args[position] == 0
@@ -143,11 +145,26 @@ class observed(TorchFunctionMode):
             )
 
 
+def is_softmax(tensor: Tensor) -> bool:
+    """Whether it is an attention map, reshaped perhaps: what it multiplies is the stream, and may be a constant."""
+    node = tensor.grad_fn
+    while node is not None and operation_name(node) in RESHAPES:
+        node = node.next_functions[0][0]
+    return node is not None and operation_name(node) in ("Softmax", "SafeSoftmax")
+
+
+RESHAPES = "View UnsafeView ReshapeAlias Expand Clone ToCopy Alias Unsqueeze Squeeze Transpose Permute".split()
+
+
 # ---- constants become leaves -----------------------------------------------------------------------------------------
 
 
 def is_live(value: Any) -> bool:
-    return isinstance(value, Tensor) and value.requires_grad
+    if not isinstance(value, Tensor):
+        return False
+    while torch._C._functorch.is_functorch_wrapped_tensor(value):
+        value = torch._C._functorch.get_unwrapped(value)
+    return value.requires_grad
 
 
 def is_number(value: Any) -> bool:
@@ -227,6 +244,7 @@ def make_written_tensor_live(function: Callable, args: list[Any]) -> bool:
     if not base.any():
         return True
     without_row(base.add_(nothing_but_gradient(base)))
+    _ = written.grad_fn  # PyTorch looks anew at what a view is part of only when it is asked
     return False
 
 
@@ -292,6 +310,7 @@ FACTORS = {
 }
 # max and min of two tensors; of one and a dimension they are reductions
 BINARY_OR_REDUCTION = {torch.max, torch.min, Tensor.max, Tensor.min}
+PRODUCTS = {function for name in "mul multiply matmul mm bmm mv".split() for function in spellings(name)}
 ADDITIONS = {torch.add, Tensor.add, Tensor.__add__, Tensor.__radd__, Tensor.add_, Tensor.__iadd__}
 KEPT_ARGUMENT = {function for name in ("tanh", "expm1") for function in spellings(name)}
 SIGMOIDS = {torch.sigmoid, Tensor.sigmoid, torch.special.expit}
@@ -338,8 +357,9 @@ def padded(function: Callable, live: Tensor, args: list[Any], kwargs: dict[str, 
     result = without_row(function(*args, **kwargs))
     if call.get("mode", "constant") != "constant" or value == 0:
         return result
-    inside = F.pad(torch.ones_like(live, dtype=torch.bool), call["pad"], value=0)
-    return torch.where(inside, result, leaves(value, live))
+    leaf = leaves(value, live)  # on the border: everywhere, less the inside; no step of this saves anything
+    border = leaf.expand(result.shape) - F.pad(leaf.expand(live.shape), call["pad"], value=0)
+    return without_row(result + without_row(border - border.detach()))
 
 
 def thresholded(function: Callable, live: Tensor, args: list[Any], kwargs: dict[str, Any]) -> Tensor:
@@ -443,7 +463,7 @@ REWRITTEN: dict[Callable, Callable[..., Tensor | None]] = {
     **{function: written for name in ("scatter", "index_put", "fill_diagonal") for function in spellings(name)},
     Tensor.__setitem__: written,
 }
-HANDLED = {*BINARY_OR_REDUCTION, *ADDED, *REWRITTEN, *KEPT_ARGUMENT, *SIGMOIDS}
+HANDLED = {*BINARY_OR_REDUCTION, *PRODUCTS, *ADDED, *REWRITTEN, *KEPT_ARGUMENT, *SIGMOIDS}
 
 
 def record_residuals() -> observed:

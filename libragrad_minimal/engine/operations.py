@@ -181,7 +181,7 @@ GATES: dict[str, Entry] = {
 PRODUCTS: dict[str, Entry] = {
     name: Operation("product", "product", factors=factors)
     for names, factors in {
-        "Mul Mm Bmm Mv Dot GroupedMm Convolution Linear MkldnnLinear LinalgCross": (0, 1),
+        "Mul Mm Bmm Mv Dot GroupedMm Convolution Linear MkldnnLinear LinalgCross EmbeddingBag": (0, 1),
         "Addmm Baddbmm Addbmm Addmv Addcmul Addr": (1, 2),
     }.items()
     for name in names.split()
@@ -198,7 +198,7 @@ def power(node: Node) -> Operation | None:
     if not isinstance(exponent, Tensor):
         return Operation("power", "product", degree=float(exponent)) if exponent > 0 else gate("norm")
     if (exponent > 0).all():
-        return Operation("power", "product", degree=exponent)
+        return Operation("power", "product", degree=exponent, streams=(0,))
     return gate("norm") if (exponent < 0).all() else None
 
 
@@ -213,7 +213,7 @@ OPERATIONS: dict[str, Entry] = {
     **PRODUCTS,
     "Trilinear": Operation("product", "product", factors=(0, 2), streams=(0, 2)),
     **dict.fromkeys(["VarMean", "StdMean"], Operation("linear", "norm", gate_result=0)),
-    **dict.fromkeys("PreluKernel GridSampler2D GridSampler3D EmbeddingBag".split(), Operation("linear", streams=(0,))),
+    **dict.fromkeys("PreluKernel GridSampler2D GridSampler3D".split(), Operation("linear", streams=(0,))),
     "Lerp": Operation("linear", streams=(0, 1)),
     "ScatterReduce": scatter_reduce,
     "Div": division,

@@ -318,7 +318,7 @@ def power(plan: Plan, node: Node, operation: Operation, live: list[int]) -> Verd
     flows = [(i, inside) for i in live]
     if inside is not None or not plan.rules.product:
         return plain(inside or "product"), flows
-    if not set(live) <= {0}:
+    if operation.streams is not None and not set(live) <= set(operation.streams):
         return REFUSED, flows
     degree = operation.degree
     return Treatment("divided by the exponent", incoming=lambda node, gradient: gradient / degree), flows
