@@ -154,7 +154,7 @@ torch.view_as_real(torch.view_as_complex({a}.reshape(4, 2, 2).contiguous()) + {Z
 {a}.masked_fill({M}, -torch.inf).amax() + {a} | {a} + {v}.expand(4, 4).T | {a} + ({C} @ {D})
 {a} + {B}.softmax(0) @ {D} | torch.outer({v}, {a}[0]) + {k} | {a} + torch.sigmoid({v}) * {C} | torch.addr({a}, {v}, {u})
 {a} + F.layer_norm({C}, (4,), {w}, {u}) | {a} + F.gelu({C}) | ({a}.flatten() + {C}.flatten()).view(4, 4)
-{a} + {C}[{i}] | torch.vmap(lambda row: F.relu(row + 1))({a})
+{a} + {C}[{i}]
 """
 
 NONLINEAR = """
@@ -187,7 +187,7 @@ F.relu({a} @ {b}.T).square() @ {c} / 4 | (lambda e: e / e.sum(1, keepdim=True))(
 F.cosine_similarity({a}, {b}[:1], dim=1)[:, None] + {c}
 torch.linalg.solve_triangular(torch.eye(4).double() + {a}.tril(-1) / 4, {b}, upper=False)
 {a}[torch.topk({b}.mean(1), 4)[1]] | checkpoint(lambda t: F.gelu(t + {s}) @ {C} + {v}, {a}, use_reentrant=False)
-torch.vmap(lambda r, t: F.silu(r) * t + 1)({a}, {b})
+torch.vmap(lambda r, t: F.silu(r) * t)({a}, {b})
 F.grid_sample({a}[None, None], torch.tanh({b}).reshape(1, 4, 2, 2).repeat(1, 1, 2, 1), align_corners=False)[0, 0]
 {g} * {a} | {g} * {a} + (1 - {g}) * {b} | {g} @ {a} / 2 | {a} @ {g} / 2 | {a} * {g}.mean(0) | {a} / ({g}.square() + {p})
 {a} * {g}[:, :1] + {b} * {h}[1] | {a} * (1 + {g}) | {a} * {g}.softmax(1) | {a} + {g} * {b} | torch.lerp({a}, {b}, {g})
@@ -237,7 +237,7 @@ IN_PLACE = """
 {m}.add_({b}) | {m}.add_({s}) | {m}.sub_({C}, alpha={s}) | {m}.mul_({b}) | {m}.mul_({s}) | {m}.mul_({v})
 {m}.div_(1 + {b}.abs()) | {m}.neg_() | {m}.copy_({b}) | {m}[1:3].copy_({B}[:2]) | {m}[0] = {b}[1] | {m}[:, 1:3] = {s}
 {m}[1:, 2] = {v}[:3] | {m}[{M}] = {s} | {m}[{j}] = {b} | {m}[:, {j}] = {C} | {m}[::2] += {b}[:2] | {m}[:, 1:] -= {s}
-{m}[2] *= {b}[0] | {m}[:2] /= 2 + {b}[2:].abs() | {m}.T[1:].add_({b}[1:]) | {m}.view_as({m})[:, :2].mul_({g}[:, :2])
+{m}[:2] /= 2 + {b}[2:].abs() | {m}.T[1:].add_({b}[1:]) | {m}.view_as({m})[:, :2].mul_({g}[:, :2])
 {m}.flatten()[3:9].sub_({v}[0]) | {m}.zero_() | {m}[1].zero_() | {m}[3].fill_({s}) | {m}.masked_fill_({M}, {s})
 {m}.index_add_(0, torch.tensor({i}), {b}) | {m}.index_fill_(1, torch.tensor([1]), {s})
 {m}.index_copy_(1, torch.tensor({j}), {C}) | {m}.scatter_(1, torch.tensor([{j}] * 4), {b})
@@ -251,7 +251,7 @@ IN_PLACE = """
 # The last change of a stream: autograd needs what it leaves behind.
 IN_PLACE_LAST = """
 {m}.relu_() | {m}[1:].relu_() | F.silu({m}, inplace=True) | F.hardswish({m}, inplace=True) | {m}.tanh_()
-{m}[:, :2].tanh_() | {m}.abs_() | F.leaky_relu_({m}, 0.2) | {m}.square_() | {m}[2:].sigmoid_()
+{m}.abs_() | F.leaky_relu_({m}, 0.2) | {m}.square_()
 F.threshold_({m}, {s}, {p})
 """
 
@@ -273,7 +273,11 @@ F.hardsigmoid({a}) | 1 - {g} | {g} * {h} | {g} + {h} | {g} @ {h} / 4 | {g}.clamp
 """
 
 # What nobody can balance, once in a while: a refusal, not a wrong number.
-REFUSED = "{a}.softmax(1) | {a}.exp() | torch.sin({a}) | Custom.apply({a}) | 1 / (1 + {a}.abs()) | {a}.prod(0) + {b}"
+REFUSED = """
+{a}.softmax(1) | {a}.exp() | torch.sin({a}) | Custom.apply({a}) | 1 / (1 + {a}.abs()) | {a}.prod(0) + {b}
+torch.vmap(lambda row: F.relu(row + 1))({a})
+"""
+REFUSED_IN_PLACE = "{m}[2] *= {b}[0] | {m}[:, :2].tanh_() | {m}[2:].sigmoid_()"
 
 
 def split(text: str) -> list[str]:
@@ -290,6 +294,7 @@ POOL: dict[str, int] = {  # template -> how often it is drawn
     **dict.fromkeys([t + "  # the last" for t in split(IN_PLACE_LAST)], 12),
     **dict.fromkeys(VIEWS.strip().splitlines(), 16),
     **dict.fromkeys(["{y} = " + t for t in split(REFUSED)], 1),
+    **dict.fromkeys([t + "  # the last" for t in split(REFUSED_IN_PLACE)], 1),
 }
 TEMPLATES = sorted(POOL, key=len)  # hypothesis shrinks towards the first
 Step = tuple[str, int]

@@ -368,11 +368,14 @@ complete(
     "module: frozen TransformerDecoderLayer",
     lambda x, layer=frozen(nn.TransformerDecoderLayer(8, 2, 16, batch_first=True)): layer(x[:, :2], x),
 )
-# The map is held constant, so that what is read out is a sum of constants: all of the output is theirs.
-complete("attention to values that learn", lambda x: (x @ P).softmax(-1) @ Q)
-complete("attention to frozen values", lambda x: (x @ P).softmax(-1) @ HIDDEN)
-complete(
-    "fused attention to frozen values", lambda x: F.scaled_dot_product_attention(x @ P, x @ Q, HIDDEN_MATRIX[None])
+# The map is held constant, so that all of the output would be the constants': a softmax that is the stream is refused.
+CODEBOOK = "what is read out is a sum of constants, weighted by a softmax of the input"
+refused("attention to values that learn", CODEBOOK, lambda x: (x @ P).softmax(-1) @ Q)
+refused("attention to frozen values", CODEBOOK, lambda x: (x @ P).softmax(-1) @ HIDDEN)
+refused(
+    "fused attention to frozen values",
+    CODEBOOK,
+    lambda x: F.scaled_dot_product_attention(x @ P, x @ Q, HIDDEN_MATRIX[None]),
 )
 
 
@@ -844,7 +847,7 @@ complete("variance by hand as a feature", lambda x: (x - x.mean(-1, keepdim=True
 complete("distance to a prototype", lambda x: torch.linalg.vector_norm(x - HIDDEN, dim=-1), linear=True)
 complete("cosine similarity to a prototype", lambda x: F.cosine_similarity(x + 1, HIDDEN, dim=-1))
 complete("one stream over another", lambda x: (x @ P + HIDDEN) / (1 + (x @ Q).square()))
-complete("generalised-mean pooling", lambda x: x.abs().clamp(min=0.5).pow(3).mean(1).pow(1 / 3))
+complete("generalised-mean pooling", lambda x: x.abs().clamp(min=0.5).pow(3).mean(1).pow(1 / 3), linear=True)
 complete("generalised-mean pooling, exponents that learn", lambda x: (x.abs() + 0.1).pow(A.abs() + 1).mean(1))
 complete("einsum of four operands", lambda x: torch.einsum("btc,cd,btd,d->bt", x, P, x + 1, A))
 complete("three times the same", lambda x: torch.einsum("btc,btc,btc->bt", x, x, x))
@@ -983,7 +986,11 @@ complete(
     "checkpointed padding",
     lambda x: checkpoint(lambda x: F.gelu(F.pad(x, (1, 0), value=0.3)) + 1, x, use_reentrant=False),
 )
-refused("vmap", "a constant added inside a transform of torch.func has no place in the graph", lambda x: torch.vmap(lambda sample: F.gelu(sample @ P + HIDDEN) @ Q + 1)(x))
+refused(
+    "vmap",
+    "a constant added inside a transform of torch.func has no place in the graph",
+    lambda x: torch.vmap(lambda sample: F.gelu(sample @ P + HIDDEN) @ Q + 1)(x),
+)
 refused(
     "gradient of an energy",
     "the graph holds derivatives of operations, which are none of the table",

@@ -89,6 +89,8 @@ def added_operands(plan: Plan, everything: Plan, node: Node) -> list[Node]:
     constant = [i for i, edge in enumerate(edges) if edge[0] is not None and plan.value(edge) is None]
     if operation is not None and operation.streams is not None:
         constant = [i for i in constant if i in operation.streams]
+    if operation is not None and operation.rule == "attention" and any(plan.value(edge) is not None for edge in edges):
+        return []  # values that are constants: a map of the input's that is itself the stream, which is refused
     if operation is not None and operation.role == "product":
         constant = [i for i in constant if i not in operation.factors] + added_factor(plan, everything, node, operation)
     return [edges[i][0] for i in constant]
@@ -99,8 +101,8 @@ def added_factor(plan: Plan, everything: Plan, node: Node, operation: Operation)
     edges = plan.graph[node]
     factors = [i for i in operation.factors if i < len(edges)]  # a plain number leaves no operand behind
     live = [value for i in factors if (value := plan.value(edges[i])) is not None]
-    if any(value.gate is None or value.can_be_stream for value in live):
-        return []  # the other factor is the stream
+    if any(value.gate is None or value.can_be_stream or value.rule == "attention" for value in live):
+        return []  # the other factor is the stream; a softmax that is one is refused, whatever it multiplies
     constant = [i for i in factors if edges[i][0] is not None and plan.value(edges[i]) is None]
     values = {i: everything.value(edges[i]) for i in constant}
     streams = [i for i in constant if (value := values[i]) is not None and value.gate is None]

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.overrides import TorchFunctionMode
 
-from .nodes import ARGUMENT, COUNTED, HALF, OPERANDS, VERSION, Half, note, operation_name
+from .nodes import ARGUMENT, COUNTED, HALF, OPERANDS, VERSION, Half, note
 from .plan import UnsupportedOperation
 
 Arguments = dict[str, Any]
@@ -95,8 +95,6 @@ class observed(TorchFunctionMode):
             return result
         if (factors := FACTORS.get(function)) is not None and not any(is_live(args[i]) for i in factors):
             positions = [*positions, (factors[0], "")]
-        if function in PRODUCTS and len(args) == 2 and is_softmax(live):
-            positions = [(0, "input"), (1, "other")]  # the other factor is what is added
         for position, keyword in positions:
             if position < len(args):
                 counted |= is_number(args[position]) and args[position] == 0
@@ -143,17 +141,6 @@ class observed(TorchFunctionMode):
             raise ValueError(
                 f"{name} dropped something at random (dropout was active): call model.eval() before the forward pass"
             )
-
-
-def is_softmax(tensor: Tensor) -> bool:
-    """Whether it is an attention map, reshaped perhaps: what it multiplies is the stream, and may be a constant."""
-    node = tensor.grad_fn
-    while node is not None and operation_name(node) in RESHAPES:
-        node = node.next_functions[0][0]
-    return node is not None and operation_name(node) in ("Softmax", "SafeSoftmax")
-
-
-RESHAPES = "View UnsafeView ReshapeAlias Expand Clone ToCopy Alias Unsqueeze Squeeze Transpose Permute".split()
 
 
 # ---- constants become leaves -----------------------------------------------------------------------------------------
@@ -215,7 +202,7 @@ PLAIN_TENSORS = (Tensor, nn.Parameter, nn.Buffer)
 def nothing_but_gradient(constant: Tensor) -> Tensor:
     """Zeros, through which gradient reaches a leaf of the value `constant` that the forward pass has already:
     leaf - leaf is exactly 0."""
-    leaf = versioned(constant.detach().clone())
+    leaf = versioned(constant.detach().nan_to_num(0.0, 0.0, 0.0))  # empty memory holds anything, until written over
     return without_row(leaf - leaf.detach())
 
 
@@ -291,7 +278,6 @@ ADDED_BY_NAME: dict[str, Places] = {
     **dict.fromkeys("conv_transpose1d conv_transpose2d conv_transpose3d".split(), ((2, "bias"),)),
     "bilinear": ((3, "bias"),),
     **dict.fromkeys(["layer_norm", "group_norm"], ((0, "input"), (3, "bias"))),
-    "scaled_dot_product_attention": ((2, "value"),),
     "multi_head_attention_forward": (
         (2, "value"), (6, "in_proj_bias"), (7, "bias_k"), (8, "bias_v"), (12, "out_proj_bias")
     ),
@@ -310,7 +296,6 @@ FACTORS = {
 }
 # max and min of two tensors; of one and a dimension they are reductions
 BINARY_OR_REDUCTION = {torch.max, torch.min, Tensor.max, Tensor.min}
-PRODUCTS = {function for name in "mul multiply matmul mm bmm mv".split() for function in spellings(name)}
 ADDITIONS = {torch.add, Tensor.add, Tensor.__add__, Tensor.__radd__, Tensor.add_, Tensor.__iadd__}
 KEPT_ARGUMENT = {function for name in ("tanh", "expm1") for function in spellings(name)}
 SIGMOIDS = {torch.sigmoid, Tensor.sigmoid, torch.special.expit}
@@ -463,7 +448,7 @@ REWRITTEN: dict[Callable, Callable[..., Tensor | None]] = {
     **{function: written for name in ("scatter", "index_put", "fill_diagonal") for function in spellings(name)},
     Tensor.__setitem__: written,
 }
-HANDLED = {*BINARY_OR_REDUCTION, *PRODUCTS, *ADDED, *REWRITTEN, *KEPT_ARGUMENT, *SIGMOIDS}
+HANDLED = {*BINARY_OR_REDUCTION, *ADDED, *REWRITTEN, *KEPT_ARGUMENT, *SIGMOIDS}
 
 
 def record_residuals() -> observed:
