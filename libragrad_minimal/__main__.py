@@ -9,20 +9,37 @@ import sys
 from dataclasses import replace
 from html import escape
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
-from matplotlib.figure import Figure
-from PIL import Image
 from torch import Tensor
 
 from .attribution import METHODS, Attribution, attribute
 from .engine import ALI_LRP, ATTN_LRP, DECOMPX, LIBRA, PLAIN, Audit, audit
-from .models import LoadedModel, load_demo, load_pretrained, token_texts
-from .pictures import open_picture
-from .plots import Strip, TokenStrips, heatmaps
-from .prompts import attribute_prompts
-from .scenes import draw_scene
+
+
+def refuse(error: ModuleNotFoundError) -> int:
+    """Say in one sentence how to get what the command line needs beyond the library; returns the exit status."""
+    print(
+        f"libragrad_minimal: error: the command line needs {error.name}, which is not installed: "
+        "pip install 'libragrad_minimal[notebooks]'",
+        file=sys.stderr,
+    )
+    return 2
+
+
+try:
+    from matplotlib.figure import Figure
+    from PIL import Image
+
+    from .models import LoadedModel, load_demo, load_pretrained, token_texts
+    from .pictures import open_picture
+    from .plots import Strip, TokenStrips, heatmaps
+    from .prompts import attribute_prompts
+    from .scenes import draw_scene
+except ModuleNotFoundError as error:
+    sys.exit(refuse(error))
 
 RULES = {
     "libra": LIBRA,
@@ -54,6 +71,8 @@ def main(arguments: list[str] | None = None) -> int:
     args = parser().parse_args(arguments)
     try:
         return args.command(args)
+    except ModuleNotFoundError as error:  # what only some models need is imported where it is used
+        return refuse(error)
     except (ValueError, OSError, RuntimeError, ArithmeticError) as error:  # UnsupportedOperation is a RuntimeError
         print(f"libragrad_minimal: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
@@ -211,7 +230,8 @@ def attribute_classes(
 def attribute_phrases(loaded: LoadedModel, pixels: Tensor, prompts: list[str], method: str, rules: str) -> Attribution:
     result = attribute_prompts(loaded, pixels[None], prompts, method, RULES[rules], progress=sys.stderr.isatty())
     maps = result.maps[0]
-    return Attribution(maps.flatten(1), result.similarity[0], result.completeness_error[0], tuple(maps.shape[1:]))
+    rows, columns = maps.shape[1:]
+    return Attribution(maps.flatten(1), result.similarity[0], result.completeness_error[0], (rows, columns))
 
 
 def attribute_text(
@@ -258,13 +278,13 @@ def audit_model(name: str) -> Audit:
     return audit_text(AutoModelForCausalLM.from_config(config, trust_remote_code=False).eval())
 
 
-def audit_pictures(model: torch.nn.Module, size: tuple[int, int]) -> Audit:
+def audit_pictures(model: Any, size: tuple[int, int]) -> Audit:
     pixels = torch.randn(1, 3, *size, requires_grad=True)
     answer = model.encode_image(pixels, normalize=True) if hasattr(model, "encode_image") else model(pixels)
     return audit(answer.flatten(1)[:, 0], pixels)
 
 
-def audit_text(model: torch.nn.Module) -> Audit:
+def audit_text(model: Any) -> Audit:
     tokens = model.get_input_embeddings()(torch.arange(4, 10)[None]).detach().requires_grad_()
     return audit(model(inputs_embeds=tokens, use_cache=False).logits[:, -1, 0], tokens)
 
@@ -421,10 +441,9 @@ def report(args: argparse.Namespace, result: Attribution, titles: list[str]) -> 
         known = "" if error.isnan() else f", completeness error {error:.1e}"
         print(f"{title}: output {output:.3f}{known}")
     if args.save_scores:
-        arrays = {"scores": result.scores, "output": result.output, "completeness_error": result.completeness_error}
-        np.savez(
-            args.save_scores, targets=titles, grid=result.grid or (), **{k: v.cpu().numpy() for k, v in arrays.items()}
-        )
+        tensors = {"scores": result.scores, "output": result.output, "completeness_error": result.completeness_error}
+        arrays: dict[str, Any] = {name: tensor.cpu().numpy() for name, tensor in tensors.items()}
+        np.savez(args.save_scores, targets=titles, grid=result.grid or (), **arrays)
     print(f"wrote {args.output}")
 
 

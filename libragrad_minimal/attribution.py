@@ -10,9 +10,10 @@ from __future__ import annotations
 import inspect
 import warnings
 import zlib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -296,7 +297,8 @@ def fullgrad_plus(run: Recording) -> Scores:
     layers = range(len(run.stream) - 1)
     if run.is_text:
         every = [fullgrad(run, layer) for layer in layers if run.whole[layer] and coarser(run, layer) is not None]
-        return tuple(torch.stack(part).mean(0) for part in zip(*every, strict=True))  # type: ignore[return-value]
+        scores, total = (torch.stack(part).mean(0) for part in zip(*every, strict=True))
+        return scores, total
     first, total = fullgrad(run)
     return first + sum(input_times_gradient(run, layer) for layer in layers[1:]), total
 
@@ -417,14 +419,18 @@ def genatt(run: Recording) -> Scores:
 @reads(LAYERS, MAPS)
 def attcat(run: Recording) -> Scores:
     """AttCAT (Qiang et al. 2022): attention received in a block times input x gradient of the next."""
-    return sum(received(run, a) * input_times_gradient(run, layer + 1) for layer, a in enumerate(run.attention))
+
+    def one_block(layer):
+        return received(run, run.attention[layer]) * input_times_gradient(run, layer + 1)
+
+    return sum(map(one_block, range(len(run.attention))))
 
 
 @reads(MAPS, MAP_GRADIENTS, BETWEEN)
 def tokentm(run: Recording) -> Scores:
     """Token transformation matters (Wu et al. 2024)."""
-    attention, middle = run.attention, run.after_attention
-    if any(m is None for m in middle):
+    attention, middle = run.attention, [h for h in run.after_attention if h is not None]
+    if len(middle) < len(attention):
         raise ValueError(
             "TokenTM needs a residual stream between attention and MLP, and these blocks run them side by side"
         )
@@ -458,7 +464,7 @@ def legrad(run: Recording) -> Scores:
 # ---- gradients averaged over many inputs -----------------------------------------------------------------------------
 
 
-def mean_gradients(run: Recording, starts: list[Callable[[Tensor], Tensor]]) -> Gradients:
+def mean_gradients(run: Recording, starts: Sequence[Callable[[Tensor], Tensor]]) -> Gradients:
     """The mean of the gradients of runs that start from other tokens."""
     if not starts:
         raise ValueError("gradients are averaged over at least one step or sample, got 0")
@@ -495,8 +501,8 @@ def with_gradients(run: Recording, gradients: Gradients) -> Recording:
 def along_path(run: Recording, steps: int) -> Recording:
     """The same recording, its gradients averaged along the straight path from zero tokens (midpoint rule)."""
     if steps not in run.path_gradients:
-        fractions = [(step + 0.5) / steps for step in range(steps)]
-        run.path_gradients[steps] = mean_gradients(run, [lambda h, f=f: f * h for f in fractions])
+        starts = [partial(torch.mul, other=(step + 0.5) / steps) for step in range(steps)]
+        run.path_gradients[steps] = mean_gradients(run, starts)
     return with_gradients(run, run.path_gradients[steps])
 
 

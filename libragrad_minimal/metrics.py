@@ -8,7 +8,7 @@ Two families (Mehri et al. 2025, section 4; definitions as in the project's note
 Every metric returns one number per sample, so that `mean_and_error` can say how sure the average is.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
@@ -20,7 +20,15 @@ from tqdm import tqdm
 
 
 def mean_and_error(values: Tensor) -> tuple[float, float]:
-    """Mean over samples and its standard error (sample standard deviation / sqrt n; NaN for a single sample)."""
+    """Mean over samples and its standard error.
+
+    Args:
+        values: one number per sample, any shape.
+    Returns:
+        The mean, and the sample standard deviation / sqrt(n); NaN for a single sample.
+    Raises:
+        ValueError: no values.
+    """
     values = torch.as_tensor(values).double().flatten()
     if len(values) == 0:
         raise ValueError("mean_and_error needs at least one value, got none")
@@ -29,7 +37,14 @@ def mean_and_error(values: Tensor) -> tuple[float, float]:
 
 
 def completeness_error(output: Tensor, total: Tensor) -> tuple[Tensor, Tensor]:
-    """|f(x) - sum of all attributions|, absolute and relative to |f|; all shapes (B,)."""
+    """How far the attributions are from adding up to the output.
+
+    Args:
+        output: (B,) the explained number f(x).
+        total: (B,) the sum of all attributions.
+    Returns:
+        |f(x) - total|, and the same relative to |f(x)|, both (B,).
+    """
     absolute = (output - total).abs()
     return absolute, absolute / output.abs()
 
@@ -37,16 +52,31 @@ def completeness_error(output: Tensor, total: Tensor) -> tuple[Tensor, Tensor]:
 # --- where does it point? ---------------------------------------------------------------------------------------------
 
 
-def upsample(scores: Tensor, size: tuple[int, int]) -> Tensor:
-    """Score maps (B, h, w) at the resolution of the picture, bicubic: (B, H, W)."""
-    return F.interpolate(scores[:, None].float(), size=tuple(size), mode="bicubic", align_corners=False)[:, 0]
+def upsample(scores: Tensor, size: Sequence[int]) -> Tensor:
+    """Score maps at the resolution of the picture, bicubic.
+
+    Args:
+        scores: (B, h, w).
+        size: (H, W) in pixels.
+    Returns:
+        (B, H, W).
+    """
+    height, width = size
+    return F.interpolate(scores[:, None].float(), size=(height, width), mode="bicubic", align_corners=False)[:, 0]
 
 
 def segmentation_ap(scores: Tensor, masks: Tensor) -> Tensor:
     """Average precision of each upsampled score map as a detector of the object's pixels.
 
-    scores (B, h, w), masks (B, H, W) bool -> (B,) in [0, 1]. The same number as scikit-learn's
-    `average_precision_score`: pixels with equal scores share one threshold.
+    The same number as scikit-learn's `average_precision_score`: pixels with equal scores share one threshold.
+
+    Args:
+        scores: (B, h, w).
+        masks: (B, H, W) bool, the object's pixels.
+    Returns:
+        (B,) in [0, 1].
+    Raises:
+        ValueError: shapes or dtypes that don't fit, scores that aren't finite, an empty mask.
     """
     _check_maps(scores, masks)
     ranked, order = upsample(scores, masks.shape[-2:]).flatten(1).sort(dim=1, descending=True)
@@ -66,9 +96,15 @@ def _last_of_equals(ranked: Tensor) -> Tensor:
 
 
 def pointing_game(scores: Tensor, masks: Tensor) -> Tensor:
-    """1 where the highest point of the upsampled score map lies on the object, else 0.
+    """Whether the highest point of the upsampled score map lies on the object (Zhang et al. 2018).
 
-    scores (B, h, w), masks (B, H, W) bool -> (B,).
+    Args:
+        scores: (B, h, w).
+        masks: (B, H, W) bool, the object's pixels.
+    Returns:
+        (B,) 1 for a hit, else 0.
+    Raises:
+        ValueError: as `segmentation_ap`.
     """
     _check_maps(scores, masks)
     highest = upsample(scores, masks.shape[-2:]).flatten(1).argmax(1, keepdim=True)
@@ -76,20 +112,34 @@ def pointing_game(scores: Tensor, masks: Tensor) -> Tensor:
 
 
 def mass_inside(scores: Tensor, masks: Tensor) -> Tensor:
-    """Share of the positive attribution that falls on the object: scores (B, h, w), masks (B, H, W) -> (B,).
+    """Share of the positive attribution that falls on the object.
 
     Each patch counts by the share of its pixels on the object, so no interpolation is involved.
-    0 where a map has no positive attribution at all.
+
+    Args:
+        scores: (B, h, w).
+        masks: (B, H, W) bool, the object's pixels.
+    Returns:
+        (B,) in [0, 1]; 0 where a map has no positive attribution at all.
+    Raises:
+        ValueError: as `segmentation_ap`.
     """
     _check_maps(scores, masks)
-    return _positive_share(scores, F.adaptive_avg_pool2d(masks[:, None].float(), scores.shape[-2:])[:, 0])
+    height, width = scores.shape[-2:]
+    return _positive_share(scores, F.adaptive_avg_pool2d(masks[:, None].float(), (height, width))[:, 0])
 
 
 def grid_pointing_game(scores: Tensor, cells: Tensor, grid: tuple[int, int] = (2, 2)) -> Tensor:
     """Share of the positive attribution inside the right cell of a collage (Böhle et al. 2021).
 
-    scores (B, h, w); cells (B,) number of the right cell, row by row; grid (rows, columns) -> (B,).
-    Chance level for a map without knowledge is 1 / (rows * columns).
+    Args:
+        scores: (B, h, w).
+        cells: (B,) number of the right cell, counted row by row.
+        grid: (rows, columns) of the collage; must divide h and w.
+    Returns:
+        (B,) in [0, 1]; chance level for a map without knowledge is 1 / (rows * columns).
+    Raises:
+        ValueError: a grid that doesn't divide the map, or a cell outside of it.
     """
     rows, columns = grid
     height, width = scores.shape[-2:]
@@ -147,7 +197,7 @@ class Deletion:
     labels: Tensor | None  # (B,) ground truth
 
     def summary(self) -> dict[str, Tensor]:
-        """Every deletion metric, one number per sample (B,); each is a mean over the K + 1 points of a curve.
+        """Every deletion metric, each a mean over the K + 1 points of a curve.
 
         - "MIF accuracy" 100 (1 - accuracy), "LIF accuracy" 100 accuracy, "SRG" the area between the two curves in
           percent: higher is better. Accuracy is measured against the label predicted for the untouched input, and with
@@ -156,6 +206,9 @@ class Deletion:
         - "MIF AOPC", "LIF AOPC": mean drop of the target's probability (Samek et al. 2017).
         - "MIF log-odds", "LIF log-odds": mean of log p(occluded) - log p(untouched), as the text literature has it.
         For MIF a high AOPC and low (very negative) log-odds are good, for LIF the reverse.
+
+        Returns:
+            Name -> one number per sample (B,).
         """
         result = self._accuracies(self.mif.predicts[:, :1], "")
         if self.labels is not None:
@@ -188,19 +241,24 @@ def deletion(
 ) -> dict[str, Deletion]:
     """Take tokens away in falling (MIF) and rising (LIF) order of score and record the model's answer.
 
-    model_fn   what `occlude` returns for N inputs -> logits (N, classes)
-    inputs     (B, ...) pictures, token ids, ...
-    scores     method name -> (B, T) or (B, h, w), one score per token
-    occlude    (inputs (N, ...), keep (N, T) bool) -> the inputs with the other tokens taken away:
-               `occlude_patches`, `replace_tokens`, `mask_tokens`, `remove_tokens` or your own
-    target     (B,) class whose logit and probability are followed; default: the predicted class
-    labels     (B,) ground truth, for the accuracies against it
-    removable  (B, T) bool; False for tokens that always stay, such as the first. Default: all may go
-    attention_mask  (B, T); 0 for padding, which is never there and doesn't count. Default: no padding
-    fractions  shares of the removable tokens to take away; 0 is always measured
-    batch_size how many copies the model sees at once; default: up to 128, fewer if they are large pictures
-
     The occluded copies of all methods, orders and inputs share batches, and equal copies are computed once.
+
+    Args:
+        model_fn: what `occlude` returns for N inputs -> logits (N, classes).
+        inputs: (B, ...) pictures, token ids, ...
+        scores: method name -> (B, T) or (B, h, w), one score per token.
+        occlude: (inputs (N, ...), keep (N, T) bool) -> the inputs with the other tokens taken away:
+            `occlude_patches`, `replace_tokens`, `mask_tokens`, `remove_tokens` or your own.
+        target: (B,) class whose logit and probability are followed; default: the predicted class.
+        labels: (B,) ground truth, for the accuracies against it.
+        removable: (B, T) bool; False for tokens that always stay, such as the first. Default: all may go.
+        attention_mask: (B, T); 0 for padding, which is never there and doesn't count. Default: no padding.
+        fractions: shares of the removable tokens to take away; 0 is always measured.
+        batch_size: how many copies the model sees at once; default: up to 128, fewer if they are large pictures.
+    Returns:
+        Method name -> its two curves.
+    Raises:
+        ValueError: no scores, scores of different shapes or with NaN, fractions outside [0, 1], misshapen logits.
     """
     scores = {name: values.detach().flatten(1).to(inputs.device) for name, values in scores.items()}
     present, removable = _check_deletion(inputs, scores, removable, attention_mask, fractions)
@@ -283,11 +341,18 @@ def _check_deletion(
 
 
 def occlude_patches(images: Tensor, keep: Tensor, grid: tuple[int, int] | None = None, value: float = 0.0) -> Tensor:
-    """Paint the patches that don't stay: images (N, C, H, W), keep (N, T) bool -> (N, C, H, W).
+    """Paint the patches that don't stay.
 
-    grid   (rows, columns) of patches; default: a square
-    value  what to paint, one number or a tensor that broadcasts to the images. The default 0 is the dataset's mean in
-           images normalised with it, as timm's and open_clip's transforms do.
+    Args:
+        images: (N, C, H, W).
+        keep: (N, T) bool, the patches that stay, row by row.
+        grid: (rows, columns) of patches; default: a square.
+        value: what to paint, one number or a tensor that broadcasts to the images. The default 0 is the dataset's mean
+            in images normalised with it, as timm's and open_clip's transforms do.
+    Returns:
+        (N, C, H, W).
+    Raises:
+        ValueError: a grid that hasn't T patches.
     """
     side = round(keep.shape[1] ** 0.5)
     rows, columns = grid or (side, side)
@@ -298,19 +363,43 @@ def occlude_patches(images: Tensor, keep: Tensor, grid: tuple[int, int] | None =
 
 
 def replace_tokens(ids: Tensor, keep: Tensor, token_id: int) -> dict[str, Tensor]:
-    """Put token_id (a pad or mask token) where a token doesn't stay: ids, keep (N, T) -> keyword arguments."""
+    """Put another token where a token doesn't stay.
+
+    Args:
+        ids: (N, T) token ids.
+        keep: (N, T) bool, the tokens that stay.
+        token_id: a pad or mask token.
+    Returns:
+        Keyword arguments of the model.
+    """
     return {"input_ids": ids.where(keep, token_id)}
 
 
 def mask_tokens(ids: Tensor, keep: Tensor) -> dict[str, Tensor]:
-    """Hide tokens with the attention mask, positions unchanged: ids, keep (N, T) -> keyword arguments."""
+    """Hide tokens with the attention mask, positions unchanged.
+
+    Args:
+        ids: (N, T) token ids.
+        keep: (N, T) bool, the tokens that stay.
+    Returns:
+        Keyword arguments of the model.
+    """
     return {"input_ids": ids, "attention_mask": keep.long()}
 
 
 def remove_tokens(ids: Tensor, keep: Tensor, pad_id: int = 0) -> dict[str, Tensor]:
-    """Cut tokens out and close the gaps: ids, keep (N, T) -> keyword arguments, padded on the left.
+    """Cut tokens out and close the gaps, padding on the left.
 
     The last remaining token stays the last one, so `logits[:, -1]` is the prediction for the shortened text.
+
+    Args:
+        ids: (N, T) token ids.
+        keep: (N, T) bool, the tokens that stay.
+        pad_id: what to fill up with, behind the attention mask.
+    Returns:
+        Keyword arguments of the model.
+    Raises:
+        ValueError: nothing would be left of a text.
     """
     if not keep.any(1).all():
         raise ValueError("nothing would be left of a text: mark at least one token as not removable")

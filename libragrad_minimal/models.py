@@ -28,9 +28,9 @@ class LoadedModel:
 
     kind: str  # "vit", "clip" or "llama"
     name: str
-    model: nn.Module
+    model: Any  # an nn.Module with the attributes of its library
     blocks: list[nn.Module]  # in forward order
-    transform: Callable[[Image.Image], Tensor] | None = None  # picture -> (3, H, W); None for text-only models
+    transform: Any = None  # picture -> (3, H, W); None for text-only models
     tokenizer: Any = None
     class_names: list[str] | None = None
     prefix_tokens: int = 0  # class and register tokens, which come before the patches
@@ -38,23 +38,32 @@ class LoadedModel:
 
 
 def load_demo(kind: str) -> LoadedModel:
-    """The demo model of this kind ("vit", "clip" or "llama"), from data/demo_<kind>.safetensors.
+    """The small model that ships with this project, from data/demo_<kind>.safetensors.
 
-    Raises ValueError for another kind, FileNotFoundError for a missing checkpoint and ValueError for a damaged one.
+    Args:
+        kind: "vit", "clip" or "llama".
+    Returns:
+        The model in eval mode on the CPU, fp32. How it was trained stands in its card, data/demo_<kind>.md.
+    Raises:
+        ValueError: another kind, or a damaged checkpoint.
+        FileNotFoundError: a missing checkpoint.
     """
     return _loader(DEMOS, kind)(read_checkpoint(DATA / f"demo_{kind}.safetensors"))
 
 
 def load_pretrained(kind: str, name: str) -> LoadedModel:
-    """The public model `name`: a timm name for "vit", a hub's name or a folder for "llama".
+    """A public model, downloaded once, then taken from the Hugging Face cache.
 
-    For "clip": open_clip's name and tag, "ViT-B-16/laion2b_s34b_b88k"; a name and a file in place of the tag,
-    "ViT-B-16/folder/weights.safetensors"; or "hf-hub:owner/name" or "local-dir:folder", which hold their own shape.
-
-    Downloaded once, then taken from the Hugging Face cache.
-
-    Raises ValueError for an unknown kind, OSError if the hub can't be reached, and whatever the hub's library raises
-    for an unknown name.
+    Args:
+        kind: "vit", "clip" or "llama".
+        name: for "vit" a timm name; for "llama" a hub's name or a folder; for "clip" open_clip's name and tag,
+            "ViT-B-16/laion2b_s34b_b88k", a name and a file in place of the tag, "ViT-B-16/folder/weights.safetensors",
+            or "hf-hub:owner/name" or "local-dir:folder", which hold their own shape.
+    Returns:
+        The model in eval mode: a "llama" on the GPU in half precision where there is one, all others on the CPU, fp32.
+    Raises:
+        ValueError: an unknown kind, or a model without Transformer blocks in the usual place.
+        OSError: the hub can't be reached. For an unknown name, whatever the hub's library raises.
     """
     return _loader(PRETRAINED, kind)(name)
 
@@ -86,7 +95,7 @@ def _pretrained_vit(name: str) -> LoadedModel:
     return _describe_vit(name, model, transform, class_names)
 
 
-def _describe_vit(name: str, model: nn.Module, transform: Callable, class_names: list[str] | None) -> LoadedModel:
+def _describe_vit(name: str, model: Any, transform: Callable, class_names: list[str] | None) -> LoadedModel:
     if not hasattr(model, "blocks") or not hasattr(model, "patch_embed"):
         raise ValueError(f"{name} has no blocks and patch_embed, as timm's Vision Transformers have; pick one of those")
     return LoadedModel(
@@ -119,7 +128,8 @@ def _demo_llama(checkpoint: "Checkpoint") -> LoadedModel:
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
     model = LlamaForCausalLM(LlamaConfig(**checkpoint.read("config")))
-    checkpoint.tensors["lm_head.weight"] = checkpoint.tensors.get("model.embed_tokens.weight")  # tied, so stored once
+    if "model.embed_tokens.weight" in checkpoint.tensors:  # tied, so stored once
+        checkpoint.tensors["lm_head.weight"] = checkpoint.tensors["model.embed_tokens.weight"]
     backend = Tokenizer.from_str(json.dumps(checkpoint.read("tokenizer")))
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, **checkpoint.read("tokenizer_settings"))
     return _describe_llama("demo llama", checkpoint.fill(model), tokenizer)
@@ -159,7 +169,7 @@ def _download_llama(name: str) -> LoadedModel:
     return _describe_llama(name, model, tokenizer)
 
 
-def _describe_llama(name: str, model: nn.Module, tokenizer: Any) -> LoadedModel:
+def _describe_llama(name: str, model: Any, tokenizer: Any) -> LoadedModel:
     blocks = getattr(getattr(model, "model", None), "layers", None)
     if blocks is None:
         raise ValueError(f"{name} has no model.layers, as Llama and its relatives have; pick one of those")
@@ -183,7 +193,7 @@ def _unreachable(name: str, alternative: str, kind: str) -> OSError:
     )
 
 
-def _cause(error: BaseException, kind: type) -> Any:
+def _cause(error: BaseException | None, kind: type) -> Any:
     """The error of this kind among those that led to `error`, or None."""
     while error is not None and not isinstance(error, kind):
         error = error.__cause__ or error.__context__
@@ -193,7 +203,12 @@ def _cause(error: BaseException, kind: type) -> Any:
 def token_texts(tokenizer: Any, ids: list[int] | Tensor) -> list[str]:
     """Every token as it stands in the text, with its leading space: [" Ben", "'s", " kite"].
 
-    A token that is only part of a character (byte-level tokenizers cut some in two) shows as a replacement character.
+    Args:
+        tokenizer: one of transformers.
+        ids: (T,) token ids.
+    Returns:
+        T strings. A token that is only part of a character (byte-level tokenizers cut some in two) shows as a
+        replacement character.
     """
     tokens = tokenizer.convert_ids_to_tokens(torch.as_tensor(ids).tolist())
     # SentencePiece marks a leading space with U+2581 and drops it when a token is decoded alone
@@ -242,7 +257,7 @@ def _pretrained_clip(name: str) -> LoadedModel:
     return _describe_clip(name, model, transform, open_clip.get_tokenizer(architecture))
 
 
-def _describe_clip(name: str, model: nn.Module, transform: Callable, tokenizer: Any) -> LoadedModel:
+def _describe_clip(name: str, model: Any, transform: Callable, tokenizer: Any) -> LoadedModel:
     tower = model.visual
     trunk = getattr(tower, "trunk", None)  # a timm model, as in SigLIP and EVA-CLIP
     blocks = getattr(trunk, "blocks", None) if trunk is not None else getattr(tower.transformer, "resblocks", None)
@@ -284,14 +299,22 @@ class Checkpoint:
     header: dict[str, str]
 
     def read(self, key: str) -> Any:
-        """What the header says of `key` (the header's values are JSON)."""
+        """What the header says of `key` (the header's values are JSON).
+
+        Raises:
+            ValueError: no such key, or no JSON.
+        """
         try:
             return json.loads(self.header[key])
         except (KeyError, json.JSONDecodeError) as error:
             raise damaged(self.path, f"its header has no readable {key!r}") from error
 
     def fill(self, model: nn.Module) -> nn.Module:
-        """Load the tensors into a model; they must fit exactly."""
+        """Load the tensors into a model; they must fit exactly.
+
+        Raises:
+            ValueError: they don't.
+        """
         try:
             model.load_state_dict(self.tensors)
         except RuntimeError as error:
@@ -300,7 +323,12 @@ class Checkpoint:
 
 
 def read_checkpoint(path: Path) -> Checkpoint:
-    """Read a demo checkpoint; errors say which file is at fault and how to make it again."""
+    """Read a demo checkpoint; errors say which file is at fault and how to make it again.
+
+    Raises:
+        FileNotFoundError: a missing file.
+        ValueError: a damaged one, or one with NaN or infinity.
+    """
     if not path.exists():
         raise FileNotFoundError(f"{path} is missing. {_how_to_rebuild(path)}")
     try:
@@ -321,4 +349,7 @@ def damaged(path: Path, why: str) -> ValueError:
 
 def _how_to_rebuild(path: Path) -> str:
     script = path.stem.replace("demo_", "train_") + ".py"
-    return f"Get it back with `git checkout -- data/{path.name}`, or make it again: `python data/{script}`."
+    return (
+        f"Get it back by installing the package again, in a clone with `git checkout -- data/{path.name}`; "
+        f"or make it again there: `python data/{script}`."
+    )

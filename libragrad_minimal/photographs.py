@@ -23,7 +23,15 @@ class Collage:
 
 @cache
 def photograph(name: str) -> Image.Image:
-    """A photograph by its name in `PHOTOGRAPHS`, RGB. Raises ValueError for another name."""
+    """A photograph that scikit-image ships.
+
+    Args:
+        name: one of `PHOTOGRAPHS`.
+    Returns:
+        The whole picture, RGB.
+    Raises:
+        ValueError: another name.
+    """
     if name not in _SOURCES:
         raise ValueError(f"unknown photograph {name!r}; there are {', '.join(PHOTOGRAPHS)}")
     loaded = getattr(data, _SOURCES[name])()
@@ -32,16 +40,26 @@ def photograph(name: str) -> Image.Image:
 
 
 def draw_collage(seed: int, names: Sequence[str] | None = None, size: int = 224) -> Collage:
-    """Two photographs side by side (or those of `names`), each cut a little differently and perhaps mirrored."""
+    """Photographs side by side, each cut a little differently and perhaps mirrored.
+
+    Args:
+        seed: decides everything that is left to chance.
+        names: of `PHOTOGRAPHS`, left to right; default: two drawn ones.
+        size: of the square collage, in pixels.
+    Returns:
+        The collage with a mask for each photograph.
+    Raises:
+        ValueError: a name that isn't in `PHOTOGRAPHS`.
+    """
     rng = np.random.default_rng(seed)
-    names = tuple(names or rng.permutation(PHOTOGRAPHS)[:2].tolist())
-    edges = np.linspace(0, size, len(names) + 1).astype(int)
+    chosen = tuple(names or rng.permutation(PHOTOGRAPHS)[:2].tolist())
+    edges = np.linspace(0, size, len(chosen) + 1).astype(int)
     image = Image.new("RGB", (size, size))
-    masks = np.zeros((len(names), size, size), dtype=bool)
-    for mask, name, left, right in zip(masks, names, edges, edges[1:], strict=False):
+    masks = np.zeros((len(chosen), size, size), dtype=bool)
+    for mask, name, left, right in zip(masks, chosen, edges, edges[1:], strict=False):
         image.paste(_cut(photograph(name), right - left, size, rng), (left, 0))
         mask[:, left:right] = True
-    return Collage(image, masks, names)
+    return Collage(image, masks, chosen)
 
 
 def _cut(picture: Image.Image, width: int, height: int, rng: np.random.Generator) -> Image.Image:

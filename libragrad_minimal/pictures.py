@@ -17,11 +17,16 @@ PATIENCE = 20  # seconds, for a server to answer
 
 
 def open_picture(source: str | Path | bytes | Image.Image) -> Image.Image:
-    """The picture as RGB, upright as its camera held it, transparent parts on white.
+    """A picture as RGB, upright as its camera held it, transparent parts on white.
 
-    source: the path of a file, an address that begins with https://, the bytes of a file (an upload), or a PIL image;
-    greyscale, palette, CMYK and transparent pictures will do.
-    Raises ValueError for what can't be read, is too large or too small; FileNotFoundError for a missing file.
+    Args:
+        source: the path of a file, an address that begins with https://, the bytes of a file (an upload), or a PIL
+            image; greyscale, palette, CMYK and transparent pictures will do.
+    Returns:
+        The picture at its own size in pixels.
+    Raises:
+        ValueError: what can't be read or fetched, is too large or too small.
+        FileNotFoundError: a missing file.
     """
     if isinstance(source, Image.Image):
         return _checked(source, "the picture")

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from html import escape
 from textwrap import fill
+from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -36,7 +37,11 @@ class Strip:
             raise ValueError(f"{counts}: a strip needs one score per token")
 
     def opacities(self) -> list[float]:
-        """Signed strength of every token's colour: score / largest |score|; 0 for muted tokens and NaN scores."""
+        """Signed strength of every token's colour.
+
+        Returns:
+            score / largest |score|, in [-1, 1]; 0 for muted tokens and NaN scores.
+        """
         kept = [0.0 if place in self.muted or score != score else score for place, score in enumerate(self.scores)]
         largest = max(map(abs, kept), default=0.0) or 1.0
         return [score / largest for score in kept]
@@ -56,7 +61,11 @@ class TokenStrips:
         return f'<div style="line-height:2.1;font-size:15px">{rows}</div>'
 
     def figure(self, width: float = 9.0) -> Figure:
-        """The same as a matplotlib figure, `width` inches wide, for print."""
+        """The same as a matplotlib figure, for print.
+
+        Args:
+            width: in inches; the height follows from the texts.
+        """
         return _strips_figure(self.strips, width)
 
 
@@ -91,35 +100,36 @@ def _strips_figure(strips: Sequence[Strip], width: float) -> Figure:
     size, font = 10, FontProperties(family="DejaVu Sans Mono")  # shipped with matplotlib
     drawable = get_font(findfont(font)).get_charmap()
     column, line = 0.64 * size / 72, 2.0 * size / 72  # inches: DejaVu Sans Mono is 0.602 em wide, rounded up to pixels
-    placed, row, columns = [], 0, int((width - 0.2) / column)
+    placed: list[tuple[float, float, str, float | None, bool]] = []
+    row, columns = 0.0, int((width - 0.2) / column)
     for strip in strips:
         if strip.title:
             placed.append((row, 0, strip.title, None, False))
             row += 1
-        at = 0
+        at = 0.0
         for place, (token, opacity) in enumerate(zip(strip.tokens, strip.opacities(), strict=True)):
             text = "".join(character if ord(character) in drawable else "□" for character in visible(token))
             if at and at + len(text) > columns:
-                row, at = row + 1, 0
+                row, at = row + 1, 0.0
             placed.append((row, at, text, opacity, place in strip.muted))
             at += len(text) + 0.5
             if token.endswith("\n"):
-                row, at = row + 1, 0
+                row, at = row + 1, 0.0
         row += 1.4 if at else 0.4
 
     figure = plt.figure(figsize=(width, row * line))
     axes = figure.add_axes((0, 0, 1, 1))
     axes.set(xlim=(-0.1 / column, width / column - 0.1 / column), ylim=(row - 0.2, -0.2))
     axes.axis("off")
-    for y, x, text, opacity, muted in placed:
-        look = {"fontproperties": font, "fontsize": size, "va": "center", "parse_math": False}
-        if opacity is None:
+    for y, x, text, strength, muted in placed:
+        look: dict[str, Any] = {"fontproperties": font, "fontsize": size, "va": "center", "parse_math": False}
+        if strength is None:
             axes.text(x, y + 0.4, text, color="0.35", **{**look, "fontproperties": None, "fontsize": size - 1})
             continue
-        red, green, blue = (channel / 255 for channel in (POSITIVE if opacity >= 0 else NEGATIVE))
-        face = (red, green, blue, 0 if muted else STRONGEST * abs(opacity))
+        red, green, blue = (channel / 255 for channel in (POSITIVE if strength >= 0 else NEGATIVE))
+        face = (red, green, blue, 0 if muted else STRONGEST * abs(strength))
         axes.add_patch(plt.Rectangle((x - 0.15, y + 0.02), len(text) + 0.3, 0.76, facecolor=face, linewidth=0))
-        if opacity < -0.1 and not muted:
+        if strength < -0.1 and not muted:
             axes.plot([x, x + len(text)], [y + 0.78] * 2, color="0.2", linestyle=":", linewidth=1)
         axes.text(x, y + 0.4, text, color="0.6" if muted else "black", **look)
     plt.close(figure)
@@ -130,13 +140,20 @@ def _strips_figure(strips: Sequence[Strip], width: float) -> Figure:
 
 
 def heatmaps(
-    pictures: Sequence, columns: dict[str, Sequence], row_titles: Sequence[str] = (), size: float = 1.6
+    pictures: Sequence, columns: Mapping[str, Any], row_titles: Sequence[str] = (), size: float = 1.6
 ) -> Figure:
-    """One row per picture: the picture, then one score map per column over the greyed picture; `size` inches each.
+    """One row per picture: the picture, then one score map per column over the greyed picture.
 
-    pictures: PIL images or arrays (H, W, 3); columns: title -> score maps (n, h, w), as many as pictures.
     Orange speaks for the output and blue against it; each map has its own scale, full colour from
     its 98th percentile of |score| on.
+
+    Args:
+        pictures: n PIL images or arrays (H, W, 3) in 0..255.
+        columns: title -> score maps (n, h, w).
+        row_titles: at most n.
+        size: of each panel, in inches.
+    Raises:
+        ValueError: a column whose maps aren't as many as the pictures.
     """
     for title, maps in columns.items():
         if len(maps) != len(pictures):
@@ -164,11 +181,19 @@ def prompt_maps(
     row_titles: Sequence[str] = (),
     size: float = 1.8,
 ) -> Figure:
-    """One row per picture: the picture, then one score map per prompt of its own, titled with it; `size` inches each.
+    """One row per picture: the picture, then one score map per prompt of its own, titled with it.
 
-    pictures: PIL images or arrays (H, W, 3); prompts: the titles of each row; maps: one (prompts, h, w) per row.
     Orange speaks for the prompt and blue against it. All maps of a row share one scale, so their strengths compare:
     full colour from the 98th percentile of the row's |scores| on.
+
+    Args:
+        pictures: n PIL images or arrays (H, W, 3) in 0..255.
+        prompts: n lists, the titles of each row.
+        maps: n of (prompts, h, w).
+        row_titles: at most n.
+        size: of each panel, in inches.
+    Raises:
+        ValueError: pictures, prompts and maps that aren't equally many.
     """
     shape = (len(pictures), 1 + max(map(len, prompts)))
     figure, grid = plt.subplots(*shape, figsize=(size * shape[1], (size + 0.25) * shape[0]), squeeze=False)

@@ -41,9 +41,19 @@ def attribute_prompts(
 ) -> PromptAttribution:
     """Every picture with every prompt: one forward pass a batch of pictures, one backward pass a prompt.
 
-    loaded from load_demo("clip") or load_pretrained("clip", name); images (B, 3, H, W) from loaded.transform;
-    method a key of attribution.METHODS. A bar shows the progress on stderr.
-    Raises ValueError for an empty prompt or an unknown method, UnsupportedOperation as libra_grad does.
+    Args:
+        loaded: from load_demo("clip") or load_pretrained("clip", name).
+        images: (B, 3, H, W) from loaded.transform.
+        prompts: P sentences.
+        method: a key of attribution.METHODS.
+        rules: LIBRA, PLAIN, ...: how gradients flow back.
+        batch_size: pictures in one forward pass.
+        progress: show a bar on stderr.
+    Returns:
+        Maps (B, P, rows, columns), similarities and completeness errors (B, P).
+    Raises:
+        ValueError: an empty prompt or an unknown method.
+        UnsupportedOperation: as libra_grad does.
     """
     check_method(method, [])
     texts = encode_prompts(loaded, prompts).to(images.device)
@@ -78,15 +88,30 @@ def _each_prompt(loaded: LoadedModel, images: Tensor, texts: Tensor, method: str
 
 @torch.no_grad()
 def encode_prompts(loaded: LoadedModel, prompts: Sequence[str] | str) -> Tensor:
-    """(P, D): the prompts' unit vectors times the logit scale, ready to be multiplied by a picture's unit vector."""
+    """The prompts as directions in the space that pictures share.
+
+    Args:
+        loaded: from load_demo("clip") or load_pretrained("clip", name).
+        prompts: P sentences.
+    Returns:
+        (P, D) unit vectors times the logit scale: their product with a picture's unit vector is the similarity.
+    Raises:
+        ValueError: an empty prompt.
+    """
     tokens = tokenize_prompts(loaded.tokenizer, prompts).to(next(loaded.model.parameters()).device)
     return loaded.model.logit_scale.exp() * F.normalize(loaded.model.encode_text(tokens), dim=-1)
 
 
 def tokenize_prompts(tokenizer: Any, prompts: Sequence[str] | str) -> Tensor:
-    """(P, context length) token ids of an open_clip tokenizer.
+    """Token ids; warns, and says where, if a prompt is too long and has to be cut.
 
-    Raises ValueError for an empty prompt; warns, and says where, if a prompt is too long and had to be cut.
+    Args:
+        tokenizer: one of open_clip.
+        prompts: P sentences.
+    Returns:
+        (P, context length) int.
+    Raises:
+        ValueError: an empty prompt.
     """
     prompts = [prompts] if isinstance(prompts, str) else list(prompts)
     if not prompts:
@@ -107,7 +132,14 @@ def tokenize_prompts(tokenizer: Any, prompts: Sequence[str] | str) -> Tensor:
 
 
 def words_kept(tokenizer: Any, prompt: str) -> str:
-    """As much of the prompt, in whole words, as fits into the context length; the prompt itself if all of it does."""
+    """As much of a prompt, in whole words, as fits into the context length.
+
+    Args:
+        tokenizer: one of open_clip.
+        prompt: one sentence.
+    Returns:
+        The prompt itself if all of it fits.
+    """
 
     def is_cut(text: str) -> bool:
         fitting = tokenizer([text], tokenizer.context_length)[0]

@@ -66,8 +66,8 @@ RESHAPES = "View UnsafeView ReshapeAlias Expand Clone ToCopy Alias Unsqueeze Squ
 class AttentionMap(NamedTuple):
     """Where one attention map sits in the graph: the softmax, and the product that applies it to the values."""
 
-    softmax: Node
-    product: Node
+    softmax: Any  # a node; what it saved is no part of Node's type
+    product: Any
     factor: int  # which operand of the product it is
 
     def gradient(self, arriving: Tensor) -> Tensor:

@@ -64,12 +64,20 @@ def draw_scene(
     classes: Sequence[str] | None = None,
     colours: Sequence[str] | None = None,
 ) -> Scene:
-    """Draw the scene of this seed: `objects` (1 to 3) different classes on a smooth, noisy background.
+    """Draw the scene of this seed: objects of different classes on a smooth, noisy background.
 
-    `classes` and `colours` name the objects instead of leaving them to chance; each may be given alone.
     Where objects overlap (rare, except with three) the later one lies on top, and the masks say so.
 
-    Raises ValueError for an unknown class or colour, and for a number of objects that doesn't fit.
+    Args:
+        seed: decides everything that is left to chance.
+        objects: 1 to 3; default: as many as are named, else 1.
+        size: of the square picture, in pixels.
+        classes: the objects' names in `CLASSES`; default: drawn.
+        colours: the objects' names in `COLOURS`; default: drawn.
+    Returns:
+        The picture with a mask, a class and a colour for each object.
+    Raises:
+        ValueError: an unknown class or colour, or a number of objects that doesn't fit.
     """
     named = classes or colours
     objects = objects or (len(named) if named else 1)
@@ -85,7 +93,7 @@ def draw_scene(
     for i in range(objects):
         length = int(rng.integers(round(smallest * size), round(largest * size) + 1))
         ink, silhouette = _glyph(CLASSES[class_indices[i]], length, int(rng.choice(ANGLES)))
-        top, left = _free_place(rng, silhouette.shape, masks[:i].any(axis=0))
+        top, left = _free_place(rng, silhouette.shape, np.any(masks[:i], axis=0))
         window = np.s_[top : top + silhouette.shape[0], left : left + silhouette.shape[1]]
         colour = np.array(tuple(COLOURS.values())[colour_indices[i]], dtype=np.float32)
         painted = colour * (
@@ -99,7 +107,13 @@ def draw_scene(
 
 
 def caption(scene: Scene) -> str:
-    """The scene in words: "a red heart", "a red heart and a blue cat", "a red heart, a blue cat and a white star"."""
+    """The scene in words.
+
+    Args:
+        scene: one to three objects.
+    Returns:
+        "a red heart", "a red heart and a blue cat", or "a red heart, a blue cat and a white star".
+    """
     pairs = zip(scene.classes, scene.colours, strict=True)
     names = [f"a {tuple(COLOURS)[colour]} {CLASSES[kind]}" for kind, colour in pairs]
     return " and ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)
@@ -134,12 +148,11 @@ def _smooth_upsampling(size: int) -> np.ndarray:
 def _free_place(rng: np.random.Generator, shape: tuple[int, int], taken: np.ndarray) -> tuple[int, int]:
     """The top left corner, of ten drawn, whose window covers the fewest taken pixels."""
     height, width = shape
-    room = np.array(taken.shape) - shape
+    room = np.array(taken.shape) - np.array(shape)
     places = rng.integers(0, room + 1, size=(10, 2))
-    if not taken.any():
-        return tuple(places[0])
     covered = [taken[top : top + height, left : left + width].sum() for top, left in places]
-    return tuple(places[int(np.argmin(covered))])
+    top, left = places[int(np.argmin(covered))]
+    return top, left
 
 
 @cache
@@ -148,7 +161,8 @@ def _glyph(name: str, length: int, angle: int) -> tuple[np.ndarray, np.ndarray]:
     layers = _turned_glyph(name, angle)
     scale = length / max(layers[0].size)
     target = [max(1, round(side * scale)) for side in layers[0].size]
-    return tuple(np.asarray(layer.resize(target, Image.Resampling.BOX), np.float32) / 255 for layer in layers)
+    ink, silhouette = (np.asarray(layer.resize(target, Image.Resampling.BOX), np.float32) / 255 for layer in layers)
+    return ink, silhouette
 
 
 @cache

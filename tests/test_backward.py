@@ -19,14 +19,12 @@ from libragrad_minimal import (
     UnsupportedOperation,
     additive_constants,
     audit,
-    backward,
     balanced,
-    graph,
     libra_grad,
     record_residuals,
     register_rule,
-    rules,
 )
+from libragrad_minimal.engine import backward, nodes, operations
 
 
 class Block(nn.Module):
@@ -138,7 +136,7 @@ def test_weights_receive_the_plain_rule_of_their_layer(model, x):
 
 
 def hooks_on_graph(output):
-    return sum(len(node.metadata) for node in graph.topological([output.grad_fn]))
+    return sum(len(node.metadata) for node in nodes.topological([output.grad_fn]))
 
 
 def plain(output, x):
@@ -202,7 +200,7 @@ def test_interrupt_leaves_everything_as_it_was(model, x, error, monkeypatch):
     def interrupted(node, grad_inputs, grad_outputs):
         raise error("stopped")
 
-    monkeypatch.setitem(rules.OPERATIONS, "NativeLayerNorm", rules.Operation("balanced", "norm", interrupted))
+    monkeypatch.setitem(operations.OPERATIONS, "NativeLayerNorm", operations.Operation("balanced", "norm", interrupted))
     with pytest.raises(error):
         libra_grad(logits[:, 0], x, retain_graph=True)
     monkeypatch.undo()
@@ -305,7 +303,10 @@ REFUSED = {
     "clamp with a live bound": (lambda x: torch.clamp(x, max=x.mean(0))[:, 0], "Clamp"),
     "number of entries": (lambda x: torch.linalg.vector_norm(x, 0, -1), "LinalgVectorNorm"),
     "ELU in place": (lambda x: F.elu(x * 1, inplace=True)[:, 0], "Elu.*inplace=False"),
-    "in place on a slice": (lambda x: (lambda y: (y[:, :1].mul_(3), y)[1])(x * 1)[:, 0], "CopySlices.*out of place"),
+    "an activation in place on a slice": (
+        lambda x: (lambda y: (torch.sigmoid_(y[:, :1]), y)[1])(x * 1)[:, 0],
+        "CopySlices.*out of place",
+    ),
     "attention to constants": (
         lambda x: F.scaled_dot_product_attention(x[None], x[None], torch.ones(1, 2, 4))[0, :, 0] + x[:, 0],
         "Attention",
@@ -350,13 +351,11 @@ def test_compiled_graph_is_refused():
 
 
 def test_user_teaches_a_rule(x, monkeypatch):
-    monkeypatch.setattr(rules, "OPERATIONS", dict(rules.OPERATIONS))
+    monkeypatch.setattr(operations, "TAUGHT", {})
     register_rule("Twice", "linear")
     assert (libra_grad(Twice.apply(x).sum(), x)[0] == 2).all()
     with pytest.raises(ValueError, match="'Linear' is no role"):
         register_rule("Other", "Linear")
-    with pytest.raises(ValueError, match="has a rule already"):
-        register_rule("Softmax", "linear")
     with pytest.raises(ValueError, match="needs its complete backward"):
         register_rule("Other", "balanced")
     with pytest.raises(ValueError, match="needs the rule"):
@@ -387,7 +386,7 @@ BAD_CALLS = {
         "batch norm.*model.eval",
     ),
     "dropout": (lambda m, x: libra_grad(F.dropout(x, 0.5, training=True).sum(), x), "dropout was active.*model.eval"),
-    "saturated tanh": (lambda m, x: libra_grad(torch.tanh(x.float() * 100).sum(), x), "saturated.*float64"),
+    "saturated tanh": (lambda m, x: libra_grad(torch.tanh(x.float() * 100).sum(), x), r"tanh.*flat.*observed\(\)"),
 }
 
 
@@ -412,7 +411,7 @@ class Product(torch.autograd.Function):
 
 
 def test_a_taught_product_is_halved_out_of_place(x, monkeypatch):
-    monkeypatch.setattr(rules, "OPERATIONS", dict(rules.OPERATIONS))
+    monkeypatch.setattr(operations, "TAUGHT", {})
     register_rule("Product", "product")
     output = Product.apply(2 * x, 3 * x).sum()
     for _ in range(2):
@@ -537,7 +536,7 @@ def test_residual_rule_is_conservative_and_shares_by_sign(model, x):
     parts = (x, *additive_constants(output, x))
     total = dot(parts, libra_grad(output, parts, residual))
     torch.testing.assert_close(total, output.sum().detach(), rtol=1e-10, atol=0)
-    with pytest.raises(ValueError, match="record_residuals"):
+    with pytest.raises(ValueError, match="observed.residuals=True"):
         libra_grad(model(x)[:, 0], x, residual)
     # c = 3 + (-1) = 2: shares 2*3 and 1*(-1) of 2*3 - 1 = 5, so a's relevance is 2*6/5 and b's 2*(-1)/5
     a, b = (torch.tensor(v, dtype=torch.float64, requires_grad=True) for v in (3.0, -1.0))

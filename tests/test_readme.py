@@ -12,6 +12,7 @@ from packaging.requirements import Requirement
 from test_notebooks import NOTEBOOKS, PROJECT, REPOSITORY, ROOT, colab_address, colab_badges, missing_files
 from transformers import LlamaConfig, LlamaForCausalLM
 
+EXTRAS = PROJECT["optional-dependencies"]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 DISTRIBUTION_OF = {
     "PIL": "pillow",
@@ -35,10 +36,8 @@ def absent_arguments(command: str) -> list[str]:
     """Files, folders and extras that a command names and the repository doesn't have."""
     words = [word.strip("'\"") for word in command.split()]
     paths = [word for word in words if re.fullmatch(r"(?!\.venv)[\w*-][\w.*/-]*(/[\w.*-]*|\.(py|toml|yml))", word)]
-    extras = [extra for word in words for extra in re.findall(r"^\.\[(\w+)\]$", word)]
-    return [path for path in paths if not list(ROOT.glob(path))] + [
-        extra for extra in extras if extra not in PROJECT["optional-dependencies"]
-    ]
+    extras = [extra for word in words for listed in re.findall(r"^\.\[(.+)\]$", word) for extra in listed.split(",")]
+    return [path for path in paths if not list(ROOT.glob(path))] + [extra for extra in extras if extra not in EXTRAS]
 
 
 def imports(source: str) -> set[str]:
@@ -89,7 +88,9 @@ def test_readme_commands_name_what_exists():
 
 
 def test_absent_arguments_are_found_out():
-    assert absent_arguments("pip install -e '.[tests]' && jupyter lab notebook/ && python tests/speed.py") == [
+    assert absent_arguments(
+        "pip install -e '.[notebooks,tests]' && jupyter lab notebook/ && python tests/speed.py"
+    ) == [
         "notebook/",
         "tests/speed.py",
         "tests",
@@ -98,9 +99,8 @@ def test_absent_arguments_are_found_out():
 
 def test_every_command_sets_itself_up():
     setups = {command.rpartition("touch .venv/ready) && ")[0] for command in commands(README)}
-    assert setups == {
-        "[ .venv/ready -nt pyproject.toml ] || (python3 -m venv .venv && .venv/bin/pip install -e '.[test]' && "
-    }
+    install = ".venv/bin/pip install -e '.[notebooks,test]'"
+    assert setups == {f"[ .venv/ready -nt pyproject.toml ] || (python3 -m venv .venv && {install} && "}
 
 
 def test_ci_runs_the_readmes_test_command():
@@ -111,11 +111,15 @@ def test_ci_runs_the_readmes_test_command():
 
 def test_conda_users_get_the_same_dependencies():
     environment = yaml.safe_load((ROOT / "environment.yml").read_text(encoding="utf-8"))
-    assert environment["dependencies"] == [f"python{PROJECT['requires-python']}", "pip", {"pip": ["-e .[test]"]}]
+    assert environment["dependencies"] == [
+        f"python{PROJECT['requires-python']}",
+        "pip",
+        {"pip": ["-e .[notebooks,test]"]},
+    ]
 
 
 def test_dependencies_have_lower_bounds_only():
-    everything = PROJECT["dependencies"] + PROJECT["optional-dependencies"]["test"]
+    everything = PROJECT["dependencies"] + EXTRAS["notebooks"] + EXTRAS["test"]
     operators = {spec.operator for requirement in everything for spec in Requirement(requirement).specifier}
     assert operators == {">="}
     assert all(Requirement(requirement).specifier for requirement in everything)
@@ -123,7 +127,7 @@ def test_dependencies_have_lower_bounds_only():
 
 @pytest.mark.parametrize("folder", ["libragrad_minimal", "data", "notebooks", "tests"])
 def test_every_import_is_declared(folder):
-    requirements = PROJECT["dependencies"] + (PROJECT["optional-dependencies"]["test"] if folder == "tests" else [])
+    requirements = PROJECT["dependencies"] + EXTRAS["notebooks"] + (EXTRAS["test"] if folder == "tests" else [])
     sources = [path.read_text(encoding="utf-8") for path in (ROOT / folder).glob("**/*.py")]
     for path in (ROOT / folder).glob("*.ipynb"):
         code = [cell.source for cell in nbformat.read(path, as_version=4).cells if cell.cell_type == "code"]
@@ -133,7 +137,7 @@ def test_every_import_is_declared(folder):
 
 def test_an_undeclared_import_is_found_out():
     source = "import os\nimport torch.nn\nfrom captum import attr\nimport PIL"
-    assert undeclared(source, PROJECT["dependencies"]) == {"captum"}
+    assert undeclared(source, PROJECT["dependencies"] + EXTRAS["notebooks"]) == {"captum"}
 
 
 def test_readme_example_runs_and_its_scores_sum_to_the_logit():

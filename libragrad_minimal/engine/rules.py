@@ -1,0 +1,49 @@
+"""Which repairs are on: the switches, and the presets that the literature knows by name."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields, replace
+from typing import Literal
+
+Rule = Literal["attention", "activation", "norm", "product"]
+
+
+@dataclass(frozen=True)
+class Rules:
+    """Which repairs are on. A repair that is off leaves PyTorch's own derivative.
+
+    attention:  True holds the attention map constant, so that only the values carry gradient (theorem 5);
+                "halve" keeps the softmax's derivative and halves every product around it (AttnLRP: q/4, k/4, v/2).
+    activation: GELU, SiLU and relatives get the slope f(x)/x; a sigmoid or tanh that multiplies a stream is constant
+                (theorem 5).
+    norm:       the denominator of a normalisation or division is constant (theorem 5, corollary 2).
+    product:    each factor of a product of two streams gets half the gradient; x**k gets 1/k of it (theorem 4, Euler).
+    residual:   share a residual addition's relevance by sign agreement (ResLRP, Berend et al. 2026); the forward pass
+                must have run inside `observed(residuals=True)`.
+
+    The theorems are those of Mehri et al. 2025, section 3.
+    """
+
+    attention: bool | Literal["halve"] = True
+    activation: bool = True
+    norm: bool = True
+    product: bool = True
+    residual: bool = False
+
+    def without(self, *names: str) -> Rules:
+        """The same rules with the named repairs switched off, e.g. `LIBRA.without("norm")`."""
+        known = {field.name for field in fields(self)}
+        if unknown := set(names) - known:
+            raise ValueError(f"no rule is called {sorted(unknown)}; there are {sorted(known)}")
+        return replace(self, **dict.fromkeys(names, False))
+
+    def switch(self, rule: Rule) -> bool | Literal["halve"]:
+        """Whether, and for attention how, the repair of this name is done."""
+        return getattr(self, rule)
+
+
+LIBRA = Rules()
+PLAIN = Rules(attention=False, activation=False, norm=False, product=False)
+ATTN_LRP = Rules(attention="halve")  # Achtibat et al. 2024
+ALI_LRP = Rules(activation=False, product=False)  # Ali et al. 2022, conservative propagation
+DECOMPX = Rules(product=False)  # DecompX-like: Libra without the product rule
