@@ -49,7 +49,7 @@ class ConstantShare(NamedTuple):
 
 def constants_of(output: Tensor, starts: Sequence[Tensor], stream: Sequence[Tensor]) -> list[Constant]:
     """Everything that is added between `starts` and the output."""
-    order = topological([output.grad_fn])
+    order = topological([get_gradient_edge(output).node])
     roots = {get_gradient_edge(start).node for start in starts}
     live: set[Node] = set()
     users: dict[Node, list[Node]] = {}
@@ -173,7 +173,7 @@ class Shares:
             return
         whole = (precise(constant.tensor.detach()) * precise(gradient)).sum()
         for way in self.caught.pop(constant, []):
-            if way and torch.isclose(sum(share.sum() for share in way.values()), whole, 1e-3, 1e-6 * extent(way)):
+            if way and torch.isclose(total_of(way), whole, 1e-3, 1e-6 * extent(way)):
                 unclear = {place.layer for place in constant.entrances if not self.samples_first(place)}
                 for layer, share in way.items():
                     if layer in unclear and self.samples > 1:
@@ -191,7 +191,7 @@ class Shares:
         for constant in dict.fromkeys(self.assumed.values()):
             own = of_first_sample[constant]
             numbers = [number for number, other in self.assumed.items() if other is constant]
-            taken = sum(self.settled[number].total for number in numbers)
+            taken = torch.stack([self.settled[number].total for number in numbers]).sum(0)
             if not torch.isclose(taken[0], own, rtol=1e-3, atol=1e-5 * float(taken.abs().sum())):
                 layer = self.settled[numbers[-1]].layer
                 for number in numbers:
@@ -205,13 +205,17 @@ class Shares:
 
 
 def extent(way: Way) -> float:
-    return float(sum(share.abs().sum() for share in way.values()))
+    return float(torch.stack([share.abs().sum() for share in way.values()]).sum())
+
+
+def total_of(way: Way) -> Tensor:
+    return torch.stack([share.sum() for share in way.values()]).sum()
 
 
 def add(a: Tensor, b: Tensor) -> Tensor:
     if a.dim() == b.dim():
         return a + b
-    return sum(share if share.dim() == 1 else share.sum(1) for share in (a, b))
+    return (a if a.dim() == 1 else a.sum(1)) + (b if b.dim() == 1 else b.sum(1))
 
 
 def products(value: Tensor, gradient: Tensor) -> list[Tensor]:

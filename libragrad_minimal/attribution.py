@@ -13,7 +13,7 @@ import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass
-from functools import partial
+from functools import partial, reduce
 from typing import Any
 
 import torch
@@ -208,7 +208,7 @@ def coarser(run: Recording, layer: int) -> int | None:
     if run.tokens[layer].shape[:2] == run.valid.shape:
         return 1
     here, prefix = run.axes[layer].sizes(run.stream[layer]), run.prefixes[layer]
-    if prefix is None:
+    if prefix is None or run.layout.grid is None:
         return None
     return coarsening(run.layout.grid, here if prefix == 0 else (here[0] - prefix,))
 
@@ -218,16 +218,17 @@ def spread(scores: Tensor, run: Recording, layer: int) -> Tensor:
     if scores.shape == run.valid.shape:
         return scores
     k = coarser(run, layer)
-    if k is None:
-        here, first = (" x ".join(map(str, run.axes[i].sizes(run.stream[i]))) for i in (layer, 0))
+    if k is None or run.layout.grid is None:
+        here, there = (" x ".join(map(str, run.axes[i].sizes(run.stream[i]))) for i in (layer, 0))
         raise ValueError(
-            f"block {layer} works on {here} tokens, the first block on {first}: no known relation between them; use "
+            f"block {layer} works on {here} tokens, the first block on {there}: no known relation between them; use "
             "IxG or FullGrad, which read the first block's, or name the blocks of one stage, blocks=[...]"
         )
     cell = torch.zeros((), dtype=torch.long)
     for length in run.layout.grid:  # the number of the coarse cell that each fine one lies in, row by row
         cell = cell[..., None] * -(-length // k) + torch.arange(length) // k
-    cell, first, prefix = cell.flatten().to(scores.device), run.layout.prefix, run.prefixes[layer]
+    cell = cell.flatten().to(scores.device)
+    first, prefix = run.layout.prefix or 0, run.prefixes[layer] or 0
     fine = scores[:, prefix:][:, cell] / cell.bincount()[cell]
     before = scores[:, :prefix] if first == prefix else scores.new_zeros(len(scores), first)
     return torch.cat([before, fine], dim=1)
@@ -240,6 +241,7 @@ def input_times_gradient(run: Recording, layer: int) -> Tensor:
 
 def second_scores(run: Recording) -> Tensor:
     """Input x gradient at the tokens of a second stream, a decoder's: (B, N')."""
+    assert run.second is not None and run.gradients.second is not None
     return (precise(run.second_axes.arrange(run.second.detach())) * run.gradients.second).sum(-1)
 
 
@@ -458,7 +460,7 @@ def legrad(run: Recording) -> Scores:
     """
     blocks = len(run.attention)  # a model without maps, or with windows, is refused here
     apart = run.rerun(apart=blocks)
-    return sum(received(run, gradient.relu()) for gradient in apart.gradients.attention)
+    return torch.stack([received(run, gradient.relu()) for gradient in apart.gradients.attention]).sum(0)
 
 
 # ---- gradients averaged over many inputs -----------------------------------------------------------------------------
@@ -468,27 +470,36 @@ def mean_gradients(run: Recording, starts: Sequence[Callable[[Tensor], Tensor]])
     """The mean of the gradients of runs that start from other tokens."""
     if not starts:
         raise ValueError("gradients are averaged over at least one step or sample, got 0")
-    total = None
-    for start in tqdm(starts, "gradients", disable=None, leave=False):
-        here = run.rerun(start=start).gradients
-        total = here if total is None else combined([total, here], 1)
-    return combined([total], 1 / len(starts))
+    each = (run.rerun(start=start).gradients for start in tqdm(starts, "gradients", disable=None, leave=False))
+    return scaled(reduce(added, each), 1 / len(starts))
 
 
-def combined(parts: list[Gradients], weight: float) -> Gradients:
-    """The sum of gradients, times a weight."""
+def added(first: Gradients, second: Gradients) -> Gradients:
+    def both(a: Tensor | None, b: Tensor | None) -> Tensor | None:
+        return None if a is None or b is None else a + b
 
-    def summed(tensors: Iterable[Tensor | None]) -> Tensor | None:
-        tensors = list(tensors)
-        return None if any(tensor is None for tensor in tensors) else weight * sum(tensors)
+    return Gradients(
+        [a + b for a, b in zip(first.tokens, second.tokens, strict=True)],
+        [
+            ConstantShare(a.layer, both(a.placed, b.placed), a.total + b.total)
+            for a, b in zip(first.constants, second.constants, strict=True)
+        ],
+        [a + b for a, b in zip(first.attention, second.attention, strict=True)],
+        both(first.second, second.second),
+    )
 
-    tokens, constants, attention, second = zip(*parts, strict=True)
-    shares = [
-        ConstantShare(same[0].layer, summed(s.placed for s in same), summed(s.total for s in same))
-        for same in zip(*constants, strict=True)
-    ]
-    maps = [[summed(same) for same in zip(*lists, strict=True)] for lists in (tokens, attention)]
-    return Gradients(maps[0], shares, maps[1], summed(second))
+
+def scaled(gradients: Gradients, weight: float) -> Gradients:
+    shares = (
+        (share.layer, None if share.placed is None else weight * share.placed, weight * share.total)
+        for share in gradients.constants
+    )
+    return Gradients(
+        [weight * g for g in gradients.tokens],
+        [ConstantShare(*share) for share in shares],
+        [weight * g for g in gradients.attention],
+        None if gradients.second is None else weight * gradients.second,
+    )
 
 
 def with_gradients(run: Recording, gradients: Gradients) -> Recording:

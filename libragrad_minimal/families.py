@@ -21,7 +21,7 @@ EMBEDDED = ("image_embeds", "text_embeds", "pooler_output")  # one vector a samp
 STREAM_ARGUMENTS = ("hidden_states", "x", "src", "input", "inputs")
 
 
-def plain(model: nn.Module) -> nn.Module:
+def plain(model: nn.Module) -> Any:
     """The model itself, not its compiled wrapper."""
     return getattr(model, "_orig_mod", model)
 
@@ -101,7 +101,7 @@ class Inputs:
         return mask if mask is not None and mask.dim() == 2 else None
 
     def replaced(self, name: str, tensor: Tensor) -> Inputs:
-        return replace(self, given=tensor if name == "" else {**self.given, name: tensor})
+        return replace(self, given=tensor if isinstance(self.given, Tensor) else {**self.given, name: tensor})
 
     def shapes(self) -> tuple:
         return tuple((name, tuple(tensor.shape)) for name, tensor in sorted(self.tensors.items()))
@@ -167,7 +167,7 @@ def explains_picture_for_texts(model: nn.Module) -> bool:
     return all(hasattr(plain(model), name) for name in ("get_image_features", "vision_model", "text_model"))
 
 
-def searched(model: nn.Module, inputs: Inputs) -> nn.Module:
+def searched(model: Any, inputs: Inputs) -> nn.Module:
     """The part of the model whose tokens are explained: of a pair of towers the one for pictures, else all of it."""
     model = plain(model)
     if explains_picture_for_texts(model):

@@ -100,7 +100,7 @@ _known: WeakKeyDictionary[nn.Module, dict[tuple, Layout]] = WeakKeyDictionary()
 
 def layout_of(model: nn.Module, inputs: Inputs, blocks: tuple[nn.Module, ...], tokens: Tensor) -> Layout:
     """The layout of `tokens`, which entered the first of the blocks. Raises ValueError where it can't be told."""
-    key = (inputs.shapes(), tuple(tokens.shape), id(blocks[0]))
+    key = (inputs.shapes(), tuple(tokens.shape), id(blocks[0]), picture_positions(model, inputs))
     known = _known.setdefault(plain(model), {})
     if key in known:
         return known[key]
@@ -111,7 +111,7 @@ def layout_of(model: nn.Module, inputs: Inputs, blocks: tuple[nn.Module, ...], t
     if inputs.text is not None:
         layout = text_layout(inputs, tokens, ask)
         if inputs.picture is not None or "image_grid_thw" in inputs.tensors:
-            return with_picture(model, inputs, layout, tokens, ask)
+            layout = with_picture(model, inputs, layout, tokens, ask)
     elif inputs.picture is not None:
         layout = picture_layout(model, inputs, tokens, ask, SURE)
     else:
@@ -119,6 +119,15 @@ def layout_of(model: nn.Module, inputs: Inputs, blocks: tuple[nn.Module, ...], t
     if layout.place is None or layout.place.dim() == 1:  # an order of each sample's own may be another next time
         known[key] = layout
     return layout
+
+
+def picture_positions(model: nn.Module, inputs: Inputs) -> bytes | None:
+    """Where in the texts a picture's tokens are, and how many patches it has: what their layout depends on."""
+    text, patches = inputs.text, inputs.tensors.get("image_grid_thw")
+    if text is None or text.is_floating_point():
+        return None
+    where = torch.isin(text, torch.tensor(picture_token_ids(model), device=text.device, dtype=text.dtype))
+    return where.cpu().numpy().tobytes() + (b"" if patches is None else patches.cpu().numpy().tobytes())
 
 
 def layer_axes(first: Axes, tokens: Tensor, later: Tensor, grid: tuple[int, ...] | None) -> Axes:
@@ -166,6 +175,7 @@ def sequence_layout(inputs: Inputs, tokens: Tensor) -> Layout:
 
 
 def text_layout(inputs: Inputs, tokens: Tensor, ask: Callable[[Inputs], Tensor]) -> Layout:
+    assert inputs.text is not None
     samples, length = inputs.text.shape[:2]
     pairs = itertools.permutations(range(tokens.dim() - 1), 2)
     fitting = [
@@ -188,8 +198,10 @@ def text_layout(inputs: Inputs, tokens: Tensor, ask: Callable[[Inputs], Tensor])
 
 def spelled_positions(inputs: Inputs, axes: Axes, length: int, ask: Callable[[Inputs], Tensor]) -> Tensor | None:
     """Which token shows each position of the text, if there is one for each and the same one in every sample."""
-    name = next(name for name, tensor in inputs.tensors.items() if tensor is inputs.text)
-    text, other = inputs.text, changed_text(inputs.text)
+    text = inputs.text
+    assert text is not None
+    name = next(name for name, tensor in inputs.tensors.items() if tensor is text)
+    other = changed_text(text)
     positions = torch.arange(length, device=text.device)
     base = axes.arrange(ask(inputs))
 
@@ -258,6 +270,7 @@ class Grid:
 
 def picture_layout(model: nn.Module, inputs: Inputs, tokens: Tensor, ask: Callable, sure: float) -> Layout:
     name = inputs.picture
+    assert name is not None
     pixels = inputs.tensors[name]
     spatial = spatial_dimensions(pixels)
     extent = tuple(pixels.shape[dim] for dim in spatial)
@@ -268,7 +281,7 @@ def picture_layout(model: nn.Module, inputs: Inputs, tokens: Tensor, ask: Callab
         shape = [pixels.shape[dim] if dim in spatial else 1 for dim in range(pixels.dim())]
         full = mask.expand(extent).reshape(shape).to(pixels.device)
         changed = (axes.arrange(ask(inputs.replaced(name, pixels + noise * full))) for noise in noises[:draws])
-        return sum(size(tokens - base[axes]) ** 2 for tokens in changed)
+        return torch.stack([size(tokens - base[axes]) ** 2 for tokens in changed]).sum(0)
 
     base: dict[Axes, Tensor] = {}
     again = ask(inputs)
@@ -338,8 +351,9 @@ def possible_grids(model: nn.Module, sizes: tuple[int, ...], cells: int, extent:
         if math.prod(shape) == cells and all(n <= length for n, length in zip(shape, extent, strict=True)):
             exact = [length / n for n, length in zip(shape, extent, strict=True)]
             # resized; cut at the border; padded at the border; padded in every one of several halvings
-            sizes = [exact, map(math.floor, exact), map(math.ceil, exact), (2 ** round(math.log2(e)) for e in exact)]
-            for pixels in dict.fromkeys(tuple(map(float, each)) for each in sizes):
+            halved = [2.0 ** round(math.log2(side)) for side in exact]
+            cut, padded = ([float(f(side)) for side in exact] for f in (math.floor, math.ceil))
+            for pixels in dict.fromkeys(map(tuple, (exact, cut, padded, halved))):
                 yield Grid(shape, pixels)
                 yield Grid(shape, pixels, 0.5)
 
@@ -389,16 +403,19 @@ def with_picture(model: nn.Module, inputs: Inputs, layout: Layout, tokens: Tenso
 def asked_picture(
     model: nn.Module, inputs: Inputs, layout: Layout, tokens: Tensor, ask: Callable
 ) -> tuple[Tensor, tuple]:
+    assert inputs.picture is not None
     pixels = inputs.tensors[inputs.picture]
     if len(pixels) != inputs.samples or pixels.dim() == 5 and pixels.shape[1] > 1:
         raise ValueError(f"it comes in several parts, {tuple(pixels.shape)}")
     found = picture_layout(
         model, inputs, layout.axes.arrange(tokens), lambda i: layout.axes.arrange(ask(i)), SURE_IF_MIXED
     )
-    place = found.place.expand(inputs.samples, -1) if found.place.dim() == 1 else found.place
+    place, grid = found.place, found.grid
+    assert place is not None and grid is not None
+    place = place.expand(inputs.samples, -1) if place.dim() == 1 else place
     if layout.place is not None:
         place = torch.searchsorted(layout.place, place)
-    return place, found.grid[-2:]
+    return place, grid[-2:]
 
 
 def merged_patches(model: nn.Module, inputs: Inputs) -> tuple[Tensor, tuple[int, ...]]:
@@ -407,7 +424,7 @@ def merged_patches(model: nn.Module, inputs: Inputs) -> tuple[Tensor, tuple[int,
     side = getattr(getattr(plain(model).config, "vision_config", None), "spatial_merge_size", 1)
     grid = (rows // side, columns // side) if frames == 1 else (frames, rows // side, columns // side)
     ids = inputs.text
-    if ids.is_floating_point() or len(inputs.tensors["image_grid_thw"]) != inputs.samples:
+    if ids is None or ids.is_floating_point() or len(inputs.tensors["image_grid_thw"]) != inputs.samples:
         raise ValueError("there isn't one picture a text, given by token ids")
     where = torch.isin(ids, torch.tensor(picture_token_ids(model), device=ids.device))
     if not (where.sum(1) == math.prod(grid)).all():

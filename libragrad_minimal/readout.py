@@ -22,6 +22,7 @@ CHOICES = (
 def last_rows(inputs: Inputs) -> Tensor:
     """(B,) the position of each text's last token that isn't padding."""
     text, mask = inputs.answered, inputs.answered_mask
+    assert text is not None
     if mask is None or mask.shape != text.shape[:2]:
         return torch.full((len(text),), text.shape[1] - 1, device=text.device)
     return mask.shape[1] - 1 - mask.flip(1).bool().int().argmax(1)

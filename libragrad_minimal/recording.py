@@ -152,7 +152,7 @@ class Recording:
     @cached_property
     def whole(self) -> list[bool]:
         """L + 1: does everything that the first tokens tell pass through these? Not where something leads past them."""
-        between = separators([self.output.grad_fn], get_gradient_edge(self.stream[0]).node)
+        between = separators([get_gradient_edge(self.output).node], get_gradient_edge(self.stream[0]).node)
         return [get_gradient_edge(h).node in between for h in self.stream]
 
     @property
@@ -175,7 +175,8 @@ class Recording:
                 "attention maps explain one. Use IxG, FullGrad or FullGrad+"
             )
         stop = {get_gradient_edge(h).node for h in self.stream}
-        found = [find_attention(h.grad_fn, stop - {h.grad_fn}) for h in self.left]
+        ends = [get_gradient_edge(h).node for h in self.left]
+        found = [find_attention(end, stop - {end}) for end in ends]
         if not any(found):
             raise ValueError("this model has no attention maps to read; use a method without, such as FullGrad+ or IxG")
         for layer, maps in enumerate(found):
@@ -228,7 +229,7 @@ class Recording:
         return [self.middle(layer) for layer in range(len(self.stream) - 1)]
 
     def middle(self, layer: int) -> Tensor | None:
-        h, end = self.entered[layer], self.left[layer].grad_fn
+        h, end = self.entered[layer], get_gradient_edge(self.left[layer]).node
         first = None
         for node in topological([end], stop={get_gradient_edge(self.stream[layer]).node}):
             operands = noted(node, OPERANDS)
@@ -276,6 +277,7 @@ class Recording:
     @property
     def second_axes(self) -> Axes:
         """A decoder has the order of dimensions that its encoder has."""
+        assert self.second is not None
         dims = self.second.dim()
         return self.axes[0] if dims == self.stream[0].dim() else Axes(0, tuple(range(1, dims - 1)))
 
@@ -499,6 +501,7 @@ def with_argument(given: Tensor, args: tuple, kwargs: dict[str, Any]) -> tuple[t
     place = stream_argument(args, kwargs)
     if isinstance(place, int):
         return (*args[:place], given, *args[place + 1 :]), kwargs
+    assert place is not None
     return args, {**kwargs, place: given}
 
 
@@ -533,10 +536,9 @@ def check_memory(model: nn.Module, tokens: Tensor, blocks: int) -> None:
     needed = 2 * blocks * attention_heads(model) * tokens.shape[0] * length**2 * tokens.element_size()
     free = free_memory(tokens.device)
     if free is not None and needed > free:
-        needed, free = (f"{size / 1e9:.1f} GB" for size in (needed, free))
         raise ValueError(
-            f"a method that reads attention maps needs {needed} for {blocks} blocks of {length} x {length} "
-            f"tokens, and {free} are free; use FullGrad+ or IxG, which need none, or a shorter input"
+            f"a method that reads attention maps needs {needed / 1e9:.1f} GB for {blocks} blocks of {length} x "
+            f"{length} tokens, and {free / 1e9:.1f} GB are free; use FullGrad+ or IxG, which need no maps"
         )
 
 

@@ -149,10 +149,10 @@ def streams_in_graph(model: nn.Module, inputs: Inputs, lists: dict[str, list[nn.
         chosen.append(largest(set.intersection(*left) or set.union(*left), lists))
     chosen.sort(key=[call.name for call in calls].index)
     ran = {call.block for call in calls}
-    blocks, *second = (tuple(block for block in lists[name] if block in ran) for name in chosen)
+    streams = [tuple(block for block in lists[name] if block in ran) for name in chosen]
     through = {roots[root] for root, names in served.items() if chosen[0] in names}
     of_picture = inputs.words is not None and not any(inputs.tensors[name] is inputs.words for name in through)
-    return Streams(blocks, *second, of_picture=of_picture)
+    return Streams(streams[0], streams[1] if len(streams) > 1 else (), of_picture)
 
 
 Roots = dict[Node, str]  # what the model is given, ids once they are embedded -> the name of the argument
@@ -299,7 +299,7 @@ def dependents(ends: Sequence[Node], root: Node) -> set[Node]:
     return found
 
 
-def topological(ends: Iterable[Node], stop: set[Node] = frozenset()) -> list[Node]:
+def topological(ends: Iterable[Node], stop: Iterable[Node] = ()) -> list[Node]:
     """Every node below `ends` and above `stop`, each after all that it passes gradient on to."""
     order: list[Node] = []
     entered: set[Node] = set(stop)
