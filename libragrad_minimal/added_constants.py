@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.autograd.graph import Node, get_gradient_edge
 
 from .engine import additive_constants
-from .engine.nodes import Half, operation_name, result_shape
+from .engine.nodes import HALF, Half, noted, operation_name, result_shape
 from .layout import Axes
 from .streams import removed, topological
 
@@ -62,7 +62,10 @@ def constants_of(output: Tensor, starts: Sequence[Tensor], stream: Sequence[Tens
     layers = layers_of(stream)
     found = []
     for tensor in additive_constants(output, starts):
-        nodes = [] if isinstance(tensor, Half) else entered(get_gradient_edge(tensor).node, users, live)
+        if isinstance(tensor, Half):  # the 1/2 of every sigmoid that is the stream
+            nodes = [node for node in order if node in live and noted(node, HALF) is tensor]
+        else:
+            nodes = entered(get_gradient_edge(tensor).node, users, live)
         places = (Entrance(node, unflattened(node, users), layers.get(node, len(stream) - 1)) for node in nodes)
         found.append(Constant(tensor, tuple(places)))
     return found

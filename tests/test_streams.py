@@ -216,6 +216,27 @@ def test_experts_mix_the_rows_of_a_batch():
     assert (both.completeness_error < 1e-5 * (1 + both.output.abs())).all()
 
 
+def test_sigmoids_in_the_stream_have_their_halves_at_their_own_blocks():
+    class Bounded(Residual):
+        def forward(self, x):
+            return x + torch.sigmoid(self.linear(self.norm(x)))
+
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.blocks, self.head = nn.ModuleList([Bounded(8), Bounded(8)]), nn.Linear(8, 5)
+
+        def forward(self, x):
+            for block in self.blocks:
+                x = block(x)
+            return self.head(x.mean(1))
+
+    for samples in (1, 2):
+        for layer in (0, 1, 2):
+            result = attribute(perturbed(Model()), torch.randn(samples, 3, 8), 1, "FullGrad", layer=layer)
+            assert (result.completeness_error < 1e-5 * (1 + result.output.abs())).all()
+
+
 def test_blocks_that_change_their_tokens_in_place():
     class InPlace(nn.Module):
         def __init__(self):
