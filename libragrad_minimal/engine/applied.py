@@ -9,6 +9,7 @@ arguments. Any other operator gets the plain gradient, and then the formula is a
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable, Mapping
 from functools import cache
 from typing import Any
@@ -87,7 +88,7 @@ def argument_of(node: Node, gradient: Tensor) -> Tensor:
     rounding = torch.finfo(y.dtype).eps / 2
     exact = precise(y)
     x = inverse(exact)
-    error = (rounding * amplification(exact, x)).nan_to_num_(0.0).abs_()
+    error = torch.where(x == 0, 0, rounding * amplification(exact, x)).abs_().nan_to_num_(math.inf)
     if ((error > LARGEST_ERROR[y.dtype]) & (gradient != 0)).any():
         raise ArithmeticError(
             f"a {name.lower()} that carries the stream is too near to where it is flat: in {y.dtype} its result no "

@@ -83,6 +83,8 @@ def libra_grad(
     with torch.enable_grad():  # an entrance of this call's own into the graph, so that its pass can be told from others
         roots = [o.sum() if grad_outputs is None else o.view_as(o) for o in outputs]
     others = [tensor for tensor in inputs if not isinstance(tensor, Half)]
+    if not others:
+        raise ValueError("the 1/2 of sigmoids is counted beside the inputs: pass (x, *additive_constants(output, x))")
     balancing = Balancing(is_call=True)
     with explained_errors():
         plan = supported_plan(outputs, others, rules, allow_unused)
