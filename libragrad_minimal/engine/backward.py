@@ -263,7 +263,7 @@ def hook_up(node: Node, treatment: Treatment, balancing: Balancing, handles: lis
     def count_half(grad_outputs: Gradients) -> None:
         if balancing.owns_this_pass() and grad_outputs[0] is not None:
             key = id(noted(node, HALF))
-            balancing.halves[key] = balancing.halves.get(key, 0) + grad_outputs[0].sum()
+            balancing.halves[key] = balancing.halves.get(key, 0) + grad_outputs[0].sum().to(noted(node, HALF))
 
     if noted(node, HALF) is not None:
         handles.append(node.register_prehook(count_half))
