@@ -198,16 +198,16 @@ def set_up(folder: Path) -> None:
     import torch
 
     venv.create(folder, with_pip=True, clear=True)
-    pip = [venv_python(folder), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
+    python = [venv_python(folder), "-I"]  # without what PYTHONPATH adds
+    pip = [*python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
     subprocess.run([*pip, *LXT_NEEDS], check=True)
     subprocess.run([*pip, "--no-deps", "lxt==2.1"], check=True)  # most of what it asks for isn't used with a Llama
     purelib = "import sysconfig; print(sysconfig.get_path('purelib'))"
-    packages = subprocess.run([venv_python(folder), "-c", purelib], check=True, capture_output=True, text=True).stdout
+    packages = subprocess.run([*python, "-c", purelib], check=True, capture_output=True, text=True).stdout.strip()
     beside = Path(torch.__file__).parents[1]
-    (Path(packages.strip()) / "beside.pth").write_text(f"{beside}\n", encoding="utf-8")
-    subprocess.run(
-        [venv_python(folder), "-W", "ignore", "-c", "import lxt.efficient"], check=True
-    )  # better now than in a benchmark
+    (Path(packages) / "beside.pth").write_text(f"{beside}\n", encoding="utf-8")
+    # If it can't be imported, that had better show now than in a benchmark.
+    subprocess.run([*python, "-W", "ignore", "-c", "import lxt.efficient"], check=True)
 
 
 def main() -> None:
