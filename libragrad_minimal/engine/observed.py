@@ -12,14 +12,13 @@ another name. The forward pass computes what it always does.
 from __future__ import annotations
 
 import math
-import threading
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.overrides import TorchFunctionMode
 
 from .nodes import ARGUMENT, COUNTED, HALF, OPERANDS, VERSION, Half, note
@@ -45,32 +44,13 @@ class observed(TorchFunctionMode):
         super().__init__()
         self.residuals = residuals
         self.half: Half | None = None
-        self.running: list[nn.Module] = []  # the modules whose forward pass is under way
-
-    def __enter__(self):
-        thread = threading.get_ident()
-
-        def enter(module: nn.Module, args: Any) -> None:
-            if threading.get_ident() == thread:
-                self.running.append(module)
-
-        def leave(module: nn.Module, args: Any, result: Any) -> None:
-            if threading.get_ident() == thread and self.running:
-                self.running.pop()
-
-        self.hooks = [register_module_forward_pre_hook(enter), register_module_forward_hook(leave, always_call=True)]
-        return super().__enter__()
-
-    def __exit__(self, *exception):
-        for hook in self.hooks:
-            hook.remove()
-        self.running.clear()
-        return super().__exit__(*exception)
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        self.check_eval_mode(function, args, kwargs)
-        if not torch.is_grad_enabled() or function not in HANDLED and not isinstance(function, OPERATORS):
+        if function not in NOTICED and not isinstance(function, OPERATORS):
+            return function(*args, **kwargs)
+        check_eval_mode(function, args, kwargs)
+        if function not in HANDLED and not isinstance(function, OPERATORS) or not torch.is_grad_enabled():
             return function(*args, **kwargs)
         live = first_live([*args, *kwargs.values()])
         if live is None:
@@ -125,14 +105,27 @@ class observed(TorchFunctionMode):
             self.half.requires_grad_()
         return self.half
 
-    def check_eval_mode(self, function: Callable, args: Sequence[Any], kwargs: dict[str, Any]) -> None:
-        drops = function in DROPOUTS and kwargs.get("training", args[2] if len(args) > 2 else True)
-        draws = function in RANDOM and self.running and self.running[-1].training
-        if drops and kwargs.get("p", args[1] if len(args) > 1 else 0.5) > 0 or draws:
-            name = type(self.running[-1]).__name__ if self.running else function.__name__
-            raise ValueError(
-                f"{name} dropped something at random (dropout was active): call model.eval() before the forward pass"
-            )
+
+def check_eval_mode(function: Callable, args: Sequence[Any], kwargs: dict[str, Any]) -> None:
+    """Refuses dropout, and whatever else a module in training mode draws at random, such as patches to leave out."""
+    drops = function in DROPOUTS and kwargs.get("training", args[2] if len(args) > 2 else True)
+    drops = drops and kwargs.get("p", args[1] if len(args) > 1 else 0.5) > 0
+    module = running_module() if drops or function in RANDOM else None
+    if drops or module is not None and module.training:
+        name = function.__name__ if module is None else type(module).__name__
+        raise ValueError(
+            f"{name} dropped something at random (dropout was active): call model.eval() before the forward pass"
+        )
+
+
+def running_module() -> nn.Module | None:
+    """The module whose method runs, by the name that every method has for it."""
+    frame = sys._getframe(1)
+    while frame is not None:
+        if isinstance(module := frame.f_locals.get("self"), nn.Module):
+            return module
+        frame = frame.f_back  # type: ignore[assignment]
+    return None
 
 
 # ---- constants become leaves -----------------------------------------------------------------------------------------
@@ -453,6 +446,7 @@ REWRITTEN: dict[Callable, Callable[..., Tensor | None]] = {
     Tensor.__setitem__: written,
 }
 HANDLED = {*BINARY_OR_REDUCTION, *ADDED, *REWRITTEN, *KEPT_ARGUMENT, *SIGMOIDS}
+NOTICED = {*HANDLED, *DROPOUTS, *RANDOM}
 
 
 def record_residuals() -> observed:
