@@ -546,3 +546,184 @@ def test_residual_rule_is_conservative_and_shares_by_sign(model, x):
     torch.testing.assert_close(
         torch.stack([a * gradients[0], b * gradients[1]]).detach(), torch.tensor([2.4, -0.4], dtype=torch.float64)
     )
+
+
+# ---- promises to the rest of the process -----------------------------------------------------------------------------
+
+
+def test_a_block_balances_the_passes_of_its_own_thread_only():
+    x = torch.arange(1.0, 5.0, dtype=torch.float64, requires_grad=True)
+    output = (F.gelu(x) * torch.tanh(x)).sum()
+    expected = {rules: libra_grad(output, x, rules, retain_graph=True)[0] for rules in (PLAIN, ATTN_LRP, LIBRA)}
+    wrong = []
+
+    def repeat(rules):
+        for _ in range(100):
+            with balanced(output, x, rules):
+                if not torch.equal(plain(output, x), expected[rules]):
+                    wrong.append(rules)
+
+    with balanced(output, x, ATTN_LRP):
+        threads = [threading.Thread(target=repeat, args=(rules,)) for rules in [*expected, *expected]]
+        seen = []
+        threads.append(threading.Thread(target=lambda: seen.append(plain(output, x))))
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        torch.testing.assert_close(plain(output, x), expected[ATTN_LRP])
+    assert not wrong and torch.equal(seen[0], expected[PLAIN])
+    assert not backward._owners
+
+
+@pytest.mark.parametrize("moment", range(1, 40, 3))
+def test_an_interrupt_while_entering_or_leaving_leaves_nothing(model, x, moment, monkeypatch):
+    """A KeyboardInterrupt at the n-th line that runs in backward.py while a block is entered and left."""
+    import sys
+
+    logits = model(x)
+    before = plain(logits[:, 0], x)
+    lines = 0
+
+    def interrupt(frame, event, argument):
+        nonlocal lines
+        if frame.f_code.co_filename != backward.__file__ or frame.f_code.co_name not in ("installed", "take_back"):
+            return interrupt if frame.f_code.co_filename == backward.__file__ else None
+        if event == "line":
+            lines += 1
+            if lines == moment:
+                raise KeyboardInterrupt
+        return interrupt
+
+    sys.settrace(interrupt)
+    try:
+        with balanced(logits, x):
+            pass
+    except KeyboardInterrupt:
+        pass
+    finally:
+        sys.settrace(None)
+    torch.testing.assert_close(plain(logits[:, 0], x), before, rtol=0, atol=0)
+    assert not backward._owners and backward.innermost() is None
+
+
+def test_a_gradient_that_a_hook_keeps_is_not_written_over(x):
+    """GELU, a norm, a product: what a hook of the user's got is still what it was when all is done."""
+    y = F.layer_norm(F.gelu(x), (8,)) * F.silu(x)
+    kept = []
+    stack, seen = [y.grad_fn], set()
+    while stack:
+        node = stack.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        node.register_hook(lambda gi, go: kept.extend((g, g.clone()) for g in (*gi, *go) if g is not None))
+        stack += [child for child, _ in node.next_functions]
+    libra_grad(y.sum(), x)
+    assert len(kept) > 5
+    for gradient, copy in kept:
+        assert torch.equal(torch.as_tensor(gradient), copy)
+
+
+def test_no_stand_in_reaches_a_users_hook_registered_afterwards_or_a_result(x):
+    bias = torch.randn(2, 5, 8, dtype=torch.float64, requires_grad=True)
+    weight = torch.randn(2, 8, 8, dtype=torch.float64)
+    output = torch.baddbmm(bias, x, weight).sum()  # hands its incoming gradient on to the bias as it is
+    for gradient in libra_grad(output, (x, bias)):
+        assert type(gradient) is torch.Tensor
+
+
+def named(name, forward, backward):
+    """A custom autograd function of any name."""
+    return type(
+        name, (torch.autograd.Function,), {"forward": staticmethod(forward), "backward": staticmethod(backward)}
+    )
+
+
+NATIVE_NAMES = (
+    "Linear Copy Gather Scatter Clone Mul Abs Sort Sum View Div Sqrt Std Relu Threshold Convolution Silu Gelu Tanh Pow "
+    "Softmax Sigmoid NativeLayerNorm Addmm Mm Cat Where Norm CopySlices NativeDropout RreluWithNoise MaskedFill Sqrt "
+    "CudnnBatchNorm NativeBatchNorm AccumulateGrad GeLUFunction BackwardHookFunction MatMul4Bit"
+).split()
+
+
+@pytest.mark.parametrize("name", NATIVE_NAMES)
+def test_a_custom_function_is_never_taken_for_pytorchs_own(name, x, monkeypatch):
+    monkeypatch.setattr(operations, "TAUGHT", {})
+
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return x + x**2
+
+    function = named(name, forward, lambda ctx, g: g * (1 + 2 * ctx.saved_tensors[0]))
+    output = function.apply(x).sum()
+    assert not audit(output, x).complete
+    with pytest.raises(UnsupportedOperation, match=rf"{name} \(1x\).*register_rule\('{name}'"):
+        libra_grad(output, x, retain_graph=True)
+    register_rule(name, "balanced", "activation", lambda node, gi, go: (go[0] * (1 + node.saved_tensors[0]),))
+    torch.testing.assert_close((x * libra_grad(output, x)[0]).sum(), output)
+    torch.testing.assert_close(libra_grad(F.silu(x).sum(), x)[0], torch.sigmoid(x).detach())  # PyTorch's own as ever
+
+
+def test_a_rule_for_one_class_is_not_one_for_its_namesake(x, monkeypatch):
+    monkeypatch.setattr(operations, "TAUGHT", {})
+    first, second = (named("Twin", lambda ctx, x: 2 * x, lambda ctx, g: 2 * g) for _ in range(2))
+    register_rule(first, "linear")
+    assert (libra_grad(first.apply(x).sum(), x)[0] == 2).all()
+    with pytest.raises(UnsupportedOperation, match="Twin"):
+        libra_grad(second.apply(x).sum(), x)
+
+
+class Ratio(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, below, above):
+        ctx.save_for_backward(below, above)
+        return above / below
+
+    @staticmethod
+    def backward(ctx, g):
+        below, above = ctx.saved_tensors
+        return -g * above / below**2, g / below
+
+
+class Cube(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return x**3
+
+    @staticmethod
+    def backward(ctx, g):
+        return 3 * ctx.saved_tensors[0] ** 2 * g
+
+
+def test_register_rule_can_say_what_the_table_can(x, monkeypatch):
+    monkeypatch.setattr(operations, "TAUGHT", {})
+    register_rule(Ratio, "division", streams=(1,))
+    below = (x.square() + 1).detach().requires_grad_()
+    gradients = libra_grad(Ratio.apply(below, x).sum(), (below, x))
+    torch.testing.assert_close(gradients, (torch.zeros_like(x), 1 / below.detach()))
+    register_rule(Cube, "power", degree=3)
+    torch.testing.assert_close(libra_grad(Cube.apply(x).sum(), x)[0], x.detach() ** 2)
+
+
+def test_selective_checkpointing(model, x):
+    from torch.utils.checkpoint import create_selective_checkpoint_contexts
+
+    keep = {"context_fn": lambda: create_selective_checkpoint_contexts([torch.ops.aten.mm.default])}
+    expected = libra_grad(model(x)[:, 0], x)[0]
+    output = model(x, run=lambda block, x: checkpoint(block, x, use_reentrant=False, **keep))[:, 0]
+    try:
+        (gradient,) = libra_grad(output, x)
+    except RuntimeError as error:
+        assert "without context_fn" in str(error)
+    else:
+        torch.testing.assert_close(gradient, expected)
+
+
+def test_additive_constants_of_a_freed_graph(model, x):
+    output = model(x)[:, 0]
+    libra_grad(output, x)
+    parts = (x, *additive_constants(output, x))  # what is added is known without what was saved
+    with pytest.raises(RuntimeError, match="has been freed.*retain_graph=True"):
+        libra_grad(output, parts)

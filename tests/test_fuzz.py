@@ -1,5 +1,6 @@
 """Random graphs of up to sixty operations are complete, or refused; nearly all are complete. See fuzz.py."""
 
+import random
 from collections import Counter
 
 import pytest
@@ -8,7 +9,8 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 NOT_TO_BE_BALANCED = [template for template, often in POOL.items() if often == 1]
-STEPS = st.tuples(st.sampled_from(TEMPLATES), st.integers(0, 999))
+BALANCED = [template for template in TEMPLATES if template not in NOT_TO_BE_BALANCED]
+STEPS = st.tuples(st.sampled_from(BALANCED), st.integers(0, 999))
 
 
 def test_any_graph_is_complete_or_refused():
@@ -22,7 +24,10 @@ def test_any_graph_is_complete_or_refused():
         phases=[Phase.generate],
         suppress_health_check=list(HealthCheck),
     )
-    @given(st.randoms(use_true_random=False).map(random_steps) | st.lists(STEPS, min_size=1, max_size=60))
+    @given(
+        st.integers(0, 10**9).map(lambda seed: random_steps(random.Random(seed)))
+        | st.lists(STEPS, min_size=1, max_size=60)
+    )
     def check(steps):
         kind, text = outcome(Program(steps))
         counts[kind] += 1

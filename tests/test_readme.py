@@ -17,6 +17,7 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 DISTRIBUTION_OF = {
     "PIL": "pillow",
     "open_clip": "open-clip-torch",
+    "pytorch_grad_cam": "grad-cam",
     "skimage": "scikit-image",
     "sklearn": "scikit-learn",
 }
@@ -54,8 +55,8 @@ def declared(requirements: list[str]) -> set[str]:
 
 def undeclared(source: str, requirements: list[str]) -> set[str]:
     """What a piece of Python imports without the requirements (or the repository) providing it."""
-    ours = {"libragrad_minimal", "benchmarks", "google"}  # google.colab exists in Colab only
-    ours |= {path.stem for path in ROOT.glob("[dt]*/*.py")}  # data/ and tests/
+    ours = {"libragrad_minimal", "google"}  # google.colab exists in Colab only
+    ours |= {path.stem for path in [*ROOT.glob("[dt]*/*.py"), *ROOT.glob("tests/benchmarks/*.py")]}  # data/ and tests/
     used = {canonical(DISTRIBUTION_OF.get(name, name)) for name in imports(source) - ours}
     return used - declared(requirements)
 

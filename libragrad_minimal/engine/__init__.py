@@ -6,7 +6,7 @@ Which question is answered where:
     repairs.py     the formulas
     nodes.py       what can be read off a node of the autograd graph
     plan.py        what is done at each node of a graph: the two passes
-    columns.py     where a gradient is known to be zero
+    reach.py       where a gradient is known to be zero
     applied.py     a formula at work: its values, its precision, PyTorch's kernel spared
     checks.py      what is asked of the caller, the forward pass and the results
     added.py       additive constants

@@ -9,6 +9,7 @@ arguments. Any other operator gets the plain gradient, and then the formula is a
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable, Mapping
 from functools import cache
 from typing import Any
@@ -20,6 +21,7 @@ from torch.utils._pytree import tree_map_only
 
 from .nodes import ARGUMENT, OPERANDS, noted, operation_name, precise, saved
 from .operations import Gradients, Repair
+from .reach import Within
 
 # What formulas call x, y and rstd, in PyTorch's words.
 SYNONYMS = {"x": ("self", "input"), "y": ("result", "output"), "rstd": ("save_invstd",)}
@@ -47,6 +49,8 @@ def from_node(node: Node, repair: Repair, gradient: Tensor) -> Lookup:
     def lookup(name: str) -> Any:
         if name == "argument":
             return argument_of(node, gradient)
+        if name == "first_row":
+            return 0
         if name in ("a", "b"):
             return noted(node, OPERANDS)["ab".index(name)]
         names = (repair.saved.get(name, name), *SYNONYMS.get(name, ()))
@@ -87,7 +91,7 @@ def argument_of(node: Node, gradient: Tensor) -> Tensor:
     rounding = torch.finfo(y.dtype).eps / 2
     exact = precise(y)
     x = inverse(exact)
-    error = (rounding * amplification(exact, x)).nan_to_num_(0.0).abs_()
+    error = torch.where(x == 0, 0, rounding * amplification(exact, x)).abs_().nan_to_num_(math.inf)
     if ((error > LARGEST_ERROR[y.dtype]) & (gradient != 0)).any():
         raise ArithmeticError(
             f"a {name.lower()} that carries the stream is too near to where it is flat: in {y.dtype} its result no "
@@ -132,12 +136,13 @@ def without_stand_ins(grad_inputs: Gradients) -> Gradients:
     return tuple(g.gradient if isinstance(g, StandIn) else g for g in grad_inputs)
 
 
-def formula_for_kernel(repair: Repair) -> Answer:
+def formula_for_kernel(repair: Repair, first_row: int = 0) -> Answer:
     """Answers with the formula; what it doesn't compute, such as the gradient of a norm's bias, the kernel does."""
 
     def answer(operator: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
         schema = operator._schema
         arguments = {argument.name: argument.default_value for argument in schema.arguments}
+        extra = {"first_row": first_row}
         arguments |= dict(zip(arguments, args, strict=False)) | kwargs
         gradient = args[0]
         mine: list[Tensor | None] = [None] * len(schema.returns)
@@ -145,15 +150,46 @@ def formula_for_kernel(repair: Repair) -> Answer:
         if any(mask[1:]):
             mine = list(operator(**(arguments | {"output_mask": [False, *mask[1:]]})))
         if not mask or mask[0]:
-            (mine[repair.operand],) = evaluate(repair, gradient, from_arguments(arguments))
+            (mine[repair.operand],) = evaluate(repair, gradient, from_arguments(arguments | extra))
         return mine[0] if len(mine) == 1 else tuple(mine)
 
     return answer
 
 
-def product_without_columns(columns: slice) -> Answer:
-    """gradient @ weight, where all other columns of the gradient are known to be zero."""
-    return lambda operator, args, kwargs: operator(args[0][:, columns], args[1][columns])
+def product_without_zeros(reach: Within) -> Answer:
+    """gradient @ weight, where all of the gradient outside of `reach` is zero: without those columns, or rows."""
+
+    def answer(operator: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
+        gradient, weight = args
+        if not reach.holds(gradient):
+            return operator(gradient, weight)
+        if reach.dim == 1:
+            return operator(reach.part(gradient).flatten(1), reach.part(weight.T).flatten(1).T)
+        rows = operator(reach.part(gradient).flatten(0, 1), weight)
+        result = rows.new_zeros(len(gradient), weight.shape[1])
+        part = reach.part(result)
+        part.copy_(rows.view(part.shape))
+        return result
+
+    return answer
+
+
+def attention_without_zeros(repair: Repair, reach: Within) -> Answer:
+    """The formula for those queries only whose gradient isn't zero."""
+    all_rows, some_rows = formula_for_kernel(repair), formula_for_kernel(repair, first_row=reach.start)
+
+    def answer(operator: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
+        gradient, query, key, value, out, logsumexp, *rest = args
+        if reach.dim != 2 or reach.period != gradient.shape[2] or not reach.holds(gradient):
+            return all_rows(operator, args, kwargs)
+        rows = slice(reach.start, reach.stop)
+        if (mask := kwargs.get("attn_mask")) is not None and mask.shape[-2] > 1:
+            kwargs = kwargs | {"attn_mask": mask[..., rows, :]}
+        some = [tensor[:, :, rows] for tensor in (gradient, query)]
+        args = (*some, key, value, out, logsumexp[:, :, rows], *rest)
+        return some_rows(operator, args, kwargs)
+
+    return answer
 
 
 def by_hook(repair: Repair, node: Node, grad_inputs: Gradients, gradient: Tensor) -> Gradients:

@@ -16,9 +16,10 @@ from torch.autograd.graph import Node
 from .added import hides_constant
 from .applied import (
     StandIn,
+    attention_without_zeros,
     by_hook,
     formula_for_kernel,
-    product_without_columns,
+    product_without_zeros,
     stand_in,
     without_stand_ins,
 )
@@ -83,6 +84,8 @@ def libra_grad(
     with torch.enable_grad():  # an entrance of this call's own into the graph, so that its pass can be told from others
         roots = [o.sum() if grad_outputs is None else o.view_as(o) for o in outputs]
     others = [tensor for tensor in inputs if not isinstance(tensor, Half)]
+    if not others:
+        raise ValueError("the 1/2 of sigmoids is counted beside the inputs: pass (x, *additive_constants(output, x))")
     balancing = Balancing(is_call=True)
     with explained_errors():
         plan = supported_plan(outputs, others, rules, allow_unused)
@@ -234,7 +237,7 @@ def take_back(handles: list[Any], passes: list[int]) -> None:
 def hook_up(node: Node, treatment: Treatment, balancing: Balancing, handles: list[Any]) -> None:
     """Registers what one node's treatment needs, and appends how to remove it to `handles`."""
     repair, incoming = treatment.repair, treatment.incoming
-    make_stand_in = stand_in_for(treatment)
+    make_stand_in = stand_in_for(treatment, balancing.is_call)
     running: list[StandIn] = []  # the stand-in that the node is being run with
 
     def before(grad_outputs: Gradients) -> Gradients | None:
@@ -261,7 +264,7 @@ def hook_up(node: Node, treatment: Treatment, balancing: Balancing, handles: lis
     def count_half(grad_outputs: Gradients) -> None:
         if balancing.owns_this_pass() and grad_outputs[0] is not None:
             key = id(noted(node, HALF))
-            balancing.halves[key] = balancing.halves.get(key, 0) + grad_outputs[0].sum()
+            balancing.halves[key] = balancing.halves.get(key, 0) + grad_outputs[0].sum().to(noted(node, HALF))
 
     if noted(node, HALF) is not None:
         handles.append(node.register_prehook(count_half))
@@ -271,11 +274,15 @@ def hook_up(node: Node, treatment: Treatment, balancing: Balancing, handles: lis
         handles.append(node.register_hook(after))
 
 
-def stand_in_for(treatment: Treatment) -> Callable[[Tensor], StandIn] | None:
-    """How to make the tensor that spares PyTorch a kernel, where there is one to be spared."""
-    repair = treatment.repair
-    if treatment.columns is not None:
-        return partial(stand_in, kernel="mm", answer=product_without_columns(treatment.columns))
+def stand_in_for(treatment: Treatment, is_call: bool) -> Callable[[Tensor], StandIn] | None:
+    """How to make the tensor that spares PyTorch a kernel, where there is one to be spared.
+
+    A call knows of all gradient that there is; into a block it may come from elsewhere, too.
+    """
+    repair, reach = treatment.repair, treatment.reach if is_call else None
     if isinstance(repair, Repair) and repair.kernel is not None:
-        return partial(stand_in, kernel=repair.kernel, answer=formula_for_kernel(repair))
+        answer = formula_for_kernel(repair) if reach is None else attention_without_zeros(repair, reach)
+        return partial(stand_in, kernel=repair.kernel, answer=answer)
+    if reach is not None:
+        return partial(stand_in, kernel="mm", answer=product_without_zeros(reach))
     return None

@@ -134,12 +134,13 @@ def is_one_number_a_sample(factor: Tensor) -> bool:
 
 
 def is_dropped_path(node: Node) -> bool:
-    """transformers' DropPath divides by the probability to keep, and multiplies with floor(probability + noise)."""
-    masks = [factor for factor in constant_factors(node) if is_one_number_a_sample(factor) and factor._version == 1]
-    if not masks or not all(((mask == 0) | (mask == 1)).all() for mask in masks):
+    """transformers' DropPath divides by the probability to keep, and multiplies each sample with 0 or 1."""
+    masks = [factor for factor in constant_factors(node) if is_one_number_a_sample(factor)]
+    if not any(bool(((mask == 0) | (mask == 1)).all()) for mask in masks):
         return False
-    scaled = [child for child, _ in node.next_functions if child is not None and child.name() == "DivBackward0"]
-    return any(saved(child, "other") is not None and saved(child, "other").dim() == 0 for child in scaled)
+    divisions = [child for child, _ in node.next_functions if child is not None and child.name() == "DivBackward0"]
+    divisors = [saved(division, "other") for division in divisions if division.next_functions[1][0] is None]
+    return any(divisor.dim() == 0 and 0 < divisor.item() < 1 for divisor in divisors)
 
 
 # ---- errors and results ----------------------------------------------------------------------------------------------

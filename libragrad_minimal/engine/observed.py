@@ -12,14 +12,13 @@ another name. The forward pass computes what it always does.
 from __future__ import annotations
 
 import math
-import threading
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.overrides import TorchFunctionMode
 
 from .nodes import ARGUMENT, COUNTED, HALF, OPERANDS, VERSION, Half, note
@@ -45,32 +44,13 @@ class observed(TorchFunctionMode):
         super().__init__()
         self.residuals = residuals
         self.half: Half | None = None
-        self.running: list[nn.Module] = []  # the modules whose forward pass is under way
-
-    def __enter__(self):
-        thread = threading.get_ident()
-
-        def enter(module: nn.Module, args: Any) -> None:
-            if threading.get_ident() == thread:
-                self.running.append(module)
-
-        def leave(module: nn.Module, args: Any, result: Any) -> None:
-            if threading.get_ident() == thread and self.running:
-                self.running.pop()
-
-        self.hooks = [register_module_forward_pre_hook(enter), register_module_forward_hook(leave, always_call=True)]
-        return super().__enter__()
-
-    def __exit__(self, *exception):
-        for hook in self.hooks:
-            hook.remove()
-        self.running.clear()
-        return super().__exit__(*exception)
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        self.check_eval_mode(function, args, kwargs)
-        if not torch.is_grad_enabled() or function not in HANDLED and not isinstance(function, OPERATORS):
+        if function not in NOTICED and not isinstance(function, OPERATORS):
+            return function(*args, **kwargs)
+        check_eval_mode(function, args, kwargs)
+        if function not in HANDLED and not isinstance(function, OPERATORS) or not torch.is_grad_enabled():
             return function(*args, **kwargs)
         live = first_live([*args, *kwargs.values()])
         if live is None:
@@ -78,45 +58,37 @@ class observed(TorchFunctionMode):
         return self.with_leaves(function, live, list(args), dict(kwargs))
 
     def with_leaves(self, function: Callable, live: Tensor, args: list[Any], kwargs: dict[str, Any]) -> Any:
-        if isinstance(function, OPERATORS):  # torch.ops.aten.add.Scalar wants a number: let the packet choose .Tensor
-            function, positions = packet(function), list(ADDED_BY_NAME.get(packet(function).__name__, ()))
-        else:
-            positions = list(ADDED.get(function, ()))
-        counted = held_zeros = False
-        if function in BINARY_OR_REDUCTION and len(args) > 1 and isinstance(args[1], Tensor):
-            positions = [(0, "input"), (1, "other")]
-        if is_in_place(function):
-            held_zeros = make_written_tensor_live(function, args)
-            positions = [place for place in positions if place[0] != 0]
+        function = packet(function)  # torch.ops.aten.add.Scalar wants a number, its packet chooses .Tensor
+        held_zeros = is_in_place(function) and make_written_tensor_live(function, args)
         if function in REWRITTEN:
             result = REWRITTEN[function](function, live, args, kwargs)
-            if held_zeros:
-                without_row(base_of(args[0]))
-            return result
-        if (factors := FACTORS.get(function)) is not None and not any(is_live(args[i]) for i in factors):
-            positions = [*positions, (factors[0], "")]
-        for position, keyword in positions:
-            if position < len(args):
-                counted |= is_number(args[position]) and args[position] == 0
-                args[position] = leaves(args[position], live)
-            elif keyword in kwargs:
-                counted |= is_number(kwargs[keyword]) and kwargs[keyword] == 0
-                kwargs[keyword] = leaves(kwargs[keyword], live)
+        else:
+            adds_zero = False
+            for position, keyword in places_that_add(function, args):
+                holder: Any = args if position < len(args) else kwargs
+                place = position if holder is args else keyword
+                if holder is args or place in kwargs:
+                    adds_zero |= is_number(holder[place]) and holder[place] == 0
+                    holder[place] = leaves(holder[place], live)
+            result = self.run(function, args, kwargs)
+            if adds_zero and isinstance(result, Tensor):
+                without_row(result)
+        if held_zeros:
+            without_row(base_of(args[0]))
+        return result
+
+    def run(self, function: Callable, args: list[Any], kwargs: dict[str, Any]) -> Any:
+        """Runs it, and notes on its node what that doesn't save."""
         operands = self.operands(function, args, kwargs)
         argument = args[0].detach() if function in KEPT_ARGUMENT and not is_in_place(function) else None
         result = function(*args, **kwargs)
         node = result.grad_fn if isinstance(result, Tensor) else None
-        if held_zeros:
-            without_row(base_of(args[0]))
-        if node is not None:
-            if counted:
-                note(node, COUNTED, True)
-            if operands is not None:
-                note(node, OPERANDS, operands)
-            if argument is not None:
-                note(node, ARGUMENT, argument)
-            if function in SIGMOIDS:
-                note(node, HALF, self.one_half(result))
+        if node is not None and operands is not None:
+            note(node, OPERANDS, operands)
+        if node is not None and argument is not None:
+            note(node, ARGUMENT, argument)
+        if node is not None and function in SIGMOIDS:
+            note(node, HALF, self.one_half(result))
         return result
 
     def operands(self, function: Callable, args: list[Any], kwargs: dict[str, Any]) -> tuple[Tensor, Tensor] | None:
@@ -133,14 +105,27 @@ class observed(TorchFunctionMode):
             self.half.requires_grad_()
         return self.half
 
-    def check_eval_mode(self, function: Callable, args: Sequence[Any], kwargs: dict[str, Any]) -> None:
-        drops = function in DROPOUTS and kwargs.get("training", args[2] if len(args) > 2 else True)
-        draws = function in RANDOM and self.running and self.running[-1].training
-        if drops and kwargs.get("p", args[1] if len(args) > 1 else 0.5) > 0 or draws:
-            name = type(self.running[-1]).__name__ if self.running else function.__name__
-            raise ValueError(
-                f"{name} dropped something at random (dropout was active): call model.eval() before the forward pass"
-            )
+
+def check_eval_mode(function: Callable, args: Sequence[Any], kwargs: dict[str, Any]) -> None:
+    """Refuses dropout, and whatever else a module in training mode draws at random, such as patches to leave out."""
+    drops = function in DROPOUTS and kwargs.get("training", args[2] if len(args) > 2 else True)
+    drops = drops and kwargs.get("p", args[1] if len(args) > 1 else 0.5) > 0
+    module = running_module() if drops or function in RANDOM else None
+    if drops or module is not None and module.training:
+        name = function.__name__ if module is None else type(module).__name__
+        raise ValueError(
+            f"{name} dropped something at random (dropout was active): call model.eval() before the forward pass"
+        )
+
+
+def running_module() -> nn.Module | None:
+    """The module whose method runs, by the name that every method has for it."""
+    frame = sys._getframe(1)
+    while frame is not None:
+        if isinstance(module := frame.f_locals.get("self"), nn.Module):
+            return module
+        frame = frame.f_back  # type: ignore[assignment]
+    return None
 
 
 # ---- constants become leaves -----------------------------------------------------------------------------------------
@@ -175,8 +160,8 @@ def leaves(value: Any, live: Tensor) -> Any:
         return number_as_leaf(value, live) if value != 0 and math.isfinite(abs(value)) else value
     if type(value) not in PLAIN_TENSORS or value.requires_grad:
         return value
-    # in the precision of the result, which that of its gradient will be
-    return versioned(value.detach().to(torch.promote_types(value.dtype, live.dtype)))
+    value = value.clone() if value.is_inference() else value.detach()
+    return versioned(value.to(torch.promote_types(value.dtype, live.dtype)))  # its gradient will be that precise
 
 
 def number_as_leaf(value: complex, live: Tensor) -> Tensor:
@@ -257,6 +242,18 @@ def spellings(name: str) -> list[Callable]:
 
 
 Places = tuple[tuple[int, str], ...]  # position and keyword of each argument that is added
+
+
+def places_that_add(function: Callable, args: Sequence[Any]) -> Places:
+    """Where its arguments are added, what it writes into left out."""
+    by_name = isinstance(function, OPERATORS)
+    places = ADDED_BY_NAME.get(function.__name__, ()) if by_name else ADDED.get(function, ())
+    if function in BINARY_OR_REDUCTION and len(args) > 1 and isinstance(args[1], Tensor):
+        places = ((0, "input"), (1, "other"))
+    if (factors := FACTORS.get(function)) is not None and not any(is_live(args[i]) for i in factors):
+        places = (*places, (factors[0], ""))
+    return tuple(place for place in places if place[0] != 0) if is_in_place(function) else places
+
 
 ADDED_BY_NAME: dict[str, Places] = {
     **dict.fromkeys("add sub subtract rsub maximum minimum fmax fmin".split(), ((0, "input"), (1, "other"))),
@@ -449,6 +446,7 @@ REWRITTEN: dict[Callable, Callable[..., Tensor | None]] = {
     Tensor.__setitem__: written,
 }
 HANDLED = {*BINARY_OR_REDUCTION, *ADDED, *REWRITTEN, *KEPT_ARGUMENT, *SIGMOIDS}
+NOTICED = {*HANDLED, *DROPOUTS, *RANDOM}
 
 
 def record_residuals() -> observed:

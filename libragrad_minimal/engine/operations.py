@@ -342,15 +342,17 @@ def register_rule(
 # ---- what to do about an operation that is refused: each of these is tried in tests/test_cures.py --------------------
 
 CURES = {
-    "CheckpointFunction": "reentrant checkpointing hides the graph: checkpoint with use_reentrant=False",
-    "CompiledFunction": "torch.compile hides the graph: run the model without compiling it, or inside "
-    "torch.compiler.set_stance('force_eager')",
     "CopySlices": "an operation in place on a slice hides what it did: write it out of place",
     "Elu": "in place it hides its argument: set inplace=False",
     "Celu": "in place it hides its argument: set inplace=False",
-    "FlashAttnFunc": "load the model with attn_implementation='sdpa'",
     "MkldnnRnnLayer": "a fused LSTM hides its gates: run it inside torch.backends.mkldnn.flags(enabled=False)",
     "CudnnRnn": "a fused LSTM hides its gates: run it inside torch.backends.cudnn.flags(enabled=False)",
+}
+CURES_OF_CUSTOMS = {
+    "CheckpointFunction": "reentrant checkpointing hides the graph: checkpoint with use_reentrant=False",
+    "CompiledFunction": "torch.compile hides the graph: run the model without compiling it, or inside "
+    "torch.compiler.set_stance('force_eager')",
+    "FlashAttnFunc": "load the model with attn_implementation='sdpa'",
 }
 AT_THE_OUTPUT = {
     "Softmax": "explain a logit, or a difference of logits, never a probability",
@@ -362,8 +364,9 @@ AT_THE_OUTPUT = {
 def cure(node: Node, only_linear_above: bool) -> str:
     """What to do about a node that is refused; `only_linear_above`: nothing nonlinear between it and the output."""
     name, operation = operation_name(node), operation_of(node)
-    if name in CURES:
-        return CURES[name]
+    known = CURES_OF_CUSTOMS if is_custom(node) else CURES
+    if name in known:
+        return known[name]
     if operation is None:
         return (
             f"if it is of degree one (f(2x) = 2 f(x)), teach it with libragrad_minimal.register_rule({name!r}, "

@@ -15,9 +15,9 @@ from typing import NamedTuple
 from torch import Tensor
 from torch.autograd.graph import Node
 
-from .columns import Reach, live_columns, reach_of_operand, widest
-from .nodes import OPERANDS, Edge, constant_factors, is_custom, noted, operation_name, result_shape, topological
+from .nodes import OPERANDS, Edge, constant_factors, is_custom, noted, operation_name, topological
 from .operations import Backward, Gradients, Operation, Repair, cure, operation_of
+from .reach import Reach, reach_of_operand, widest, worth_sparing
 from .repairs import shared_by_sign
 from .rules import Rule, Rules
 
@@ -39,8 +39,8 @@ class Value:
 class Treatment:
     """What is done at one node.
 
-    incoming changes the gradient that arrives; repair replaces what is sent on by a formula or a function; columns are
-    the only ones of an incoming matrix that aren't zero. complete: attributions stay complete.
+    incoming changes the gradient that arrives; repair replaces what is sent on by a formula or a function. reach: where
+    the incoming gradient can lie, if the node can make use of that. complete: attributions stay complete.
     """
 
     label: str
@@ -48,7 +48,7 @@ class Treatment:
     supported: bool = True
     incoming: Callable[[Node, Tensor], Tensor] | None = None
     repair: Repair | Backward | None = None
-    columns: slice | None = None
+    reach: Reach = None
 
 
 class Arrival(NamedTuple):
@@ -214,12 +214,14 @@ def arrive(plan: Plan, edge: Edge, arrival: Arrival, rule: Rule | None, consumer
     plan.arrivals[node][result] = arrival
 
 
+SPARES_ZEROS = {"AddmmBackward0", "MmBackward0", "ScaledDotProductFlashAttentionForCpuBackward0"}
+
+
 def spare_zeros(plan: Plan, node: Node, treatment: Treatment) -> Treatment:
-    """A matrix product whose incoming gradient is known to be zero in some columns leaves them out."""
-    arrival = plan.arrivals[node].get(0)
-    if arrival is None or arrival.reach is None or node.name() not in ("AddmmBackward0", "MmBackward0"):
+    """Matrix products and attention leave out where the incoming gradient is known to be zero."""
+    if node.name() not in SPARES_ZEROS or 0 not in plan.arrivals[node]:
         return treatment
-    return replace(treatment, columns=live_columns(arrival.reach, result_shape(node)[-1]))
+    return replace(treatment, reach=worth_sparing(plan.arrivals[node][0].reach))
 
 
 def plain(rule: Rule | None) -> Treatment:

@@ -158,11 +158,12 @@ def attention_values(
     is_causal: bool,
     attn_mask: Tensor | None,
     scale: float | None,
+    first_row: int,
 ) -> Tensor:
     """map' @ gradient, the map made anew from q, k and each row's log-sum-exp: two products of the usual five.
 
-    All (B, heads, T, d). It goes over blocks of as many keys as a head has channels, so that what lies in memory is
-    never larger than the queries.
+    All (B, heads, T, d); queries and gradient may be some rows only, from `first_row` on. It goes over blocks of as
+    many keys as a head has channels, so that what lies in memory is never larger than the queries.
     """
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     rows = logsumexp.masked_fill(logsumexp == -math.inf, math.inf)[..., None]  # a row without keys attends to none
@@ -171,14 +172,15 @@ def attention_values(
     step = max(64, query.shape[-1])
     for start in range(0, key.shape[-2], step):
         keys = slice(start, start + step)
-        seen_by = slice(start, None) if is_causal else slice(None)  # earlier queries don't see these keys
+        hidden = max(0, start - first_row) if is_causal else 0  # earlier queries don't see these keys
+        seen_by = slice(hidden, None)
         block = key[..., keys, :].repeat_interleave(groups, 1) if groups > 1 else key[..., keys, :]
         scores = torch.matmul(query[..., seen_by, :], block.mT).mul_(scale)
         if attn_mask is not None:
             scores.add_(attn_mask.expand(*attn_mask.shape[:-1], key.shape[-2])[..., keys])
         attention = scores.sub_(rows[..., seen_by, :]).exp_()
         if is_causal:
-            attention.tril_()
+            attention.tril_(first_row + hidden - start)
         to_values = torch.matmul(attention.mT, gradient[..., seen_by, :])
         result[..., keys, :] = to_values.unflatten(1, (-1, groups)).sum(2) if groups > 1 else to_values
     return result

@@ -1,0 +1,238 @@
+"""observed(): every constant that is added is found, and the forward pass does not notice.
+
+tests/modules.py has two hundred small modules whose verdict is told; here is what the context promises beside that.
+"""
+
+import pytest
+import timm
+import torch
+import torch.nn.functional as F
+import transformers
+from timm.layers import DropPath, PatchDropout
+from torch import nn
+
+from libragrad_minimal import additive_constants, audit, libra_grad, observed
+
+BUFFER = torch.linspace(-1, 2, 8, dtype=torch.float64)
+
+
+def draw(*shape):
+    return torch.randn(*shape, dtype=torch.float64, requires_grad=True)
+
+
+def total(output, x):
+    parts = (x, *additive_constants(output, x))
+    return sum((t * g).double().sum() for t, g in zip(parts, libra_grad(output, parts), strict=True)).item()
+
+
+def batch_norm():
+    norm = nn.BatchNorm1d(8).double().eval().requires_grad_(False)
+    for tensor in (norm.running_mean, norm.weight, norm.bias):
+        nn.init.normal_(tensor)
+    return norm
+
+
+def at(*places):
+    return F.one_hot(torch.tensor(places), 8).sum(0)
+
+
+HIDDEN = {  # what autograd doesn't follow, and what of it is a constant in the output of an input of ones: by hand
+    "number": (lambda x: x + 1.5, 1.5),
+    "buffer": (lambda x: x + BUFFER, BUFFER),
+    "one minus": (lambda x: 3 - x, 3),
+    "frozen bias": (lambda x: F.linear(x, torch.eye(8, dtype=torch.float64), BUFFER), BUFFER),
+    "where": (lambda x: torch.where(BUFFER > 0, x, 0.25), torch.where(BUFFER > 0, 0, 0.25)),
+    "masked fill": (lambda x: x.masked_fill(BUFFER > 0, 2.0), torch.where(BUFFER > 0, 2.0, 0)),
+    "concatenated": (lambda x: torch.cat([x[:, :3], BUFFER[3:].expand(len(x), 5)], 1), BUFFER * (torch.arange(8) > 2)),
+    "written by index": (lambda x: x.index_fill(1, torch.tensor([2, 2, 5]), 4.0), 4.0 * at(2, 5)),
+    "scattered twice to a place": (lambda x: x.scatter(1, torch.tensor([[1, 1]] * 3), 0.5), 0.5 * at(1)),
+    "larger": (lambda x: torch.maximum(x, BUFFER), torch.where(BUFFER > 1, BUFFER, 0)),
+    "operator": (lambda x: torch.ops.aten.add.Scalar(x, 2), 2),
+    "sigmoid": (torch.sigmoid, 0.5),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", HIDDEN)
+def test_the_constants_share_is_the_one_found_by_hand(name):
+    function, expected = HIDDEN[name]
+    x = torch.ones(3, 8, dtype=torch.float64, requires_grad=True)
+    weights = torch.linspace(1, 2, 8, dtype=torch.float64)
+    with observed():
+        output = (function(x) * weights).sum(1)
+    constants = additive_constants(output, x)
+    _, *gradients = libra_grad(output, (x, *constants))
+    found = sum((t * g).sum() for t, g in zip(constants, gradients, strict=True))
+    torch.testing.assert_close(found.detach(), 3 * (expected * weights).sum().double())
+
+
+@pytest.mark.parametrize("name", HIDDEN)
+def test_the_audit_has_a_row_outside_and_none_inside(name):
+    function, _ = HIDDEN[name]
+    x = torch.ones(3, 8, dtype=torch.float64, requires_grad=True)
+    if name != "sigmoid":  # refused outside
+        assert "adds a constant without a gradient" in str(audit(function(x).sum(1), x))
+    with observed():
+        output = function(x).sum(1)
+    assert "adds a constant" not in str(audit(output, x))
+
+
+WITHOUT_EFFECT = {
+    "nothing is chosen": lambda x: torch.where(BUFFER > 9, BUFFER, x),
+    "nothing is filled": lambda x: x.masked_fill(BUFFER > 9, 3.0),
+    "nothing is larger": lambda x: torch.maximum(x, BUFFER - 9),
+    "running mean of zero": nn.BatchNorm1d(8, affine=False).double().eval(),
+    "norm with a bias of zero": lambda x: F.layer_norm(x, (8,), BUFFER, 0 * BUFFER),
+    "everything is finite": torch.nan_to_num,
+}
+
+
+@pytest.mark.parametrize("name", WITHOUT_EFFECT)
+def test_no_row_for_a_constant_without_effect(name):
+    x = torch.ones(3, 8, dtype=torch.float64, requires_grad=True)
+    assert "adds a constant" not in str(audit(WITHOUT_EFFECT[name](x).sum(1), x))
+
+
+def test_batch_norms_running_mean_and_frozen_bias():
+    norm, x = batch_norm(), draw(3, 8)
+    with observed():
+        output = norm(x)[:, 2]
+    assert total(output, x) == pytest.approx(output.sum().item(), rel=1e-12)
+    torch.testing.assert_close(output, norm(x)[:, 2], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("name", ["convnext_atto", "mobilenetv3_small_050", "resnet18"])
+def test_a_frozen_model_of_timm_is_complete(name):
+    model = timm.create_model(name, num_classes=5).eval().requires_grad_(False)
+    with torch.no_grad():
+        for tensor in [*model.parameters(), *model.buffers()]:
+            if tensor.is_floating_point():
+                tensor.add_(0.05 * torch.rand_like(tensor))
+    images = torch.randn(2, 3, 64, 64, requires_grad=True)
+    expected = model(images)
+    with observed():
+        logits = model(images)
+    assert torch.equal(logits, expected)
+    assert total(logits[:, 1], images) == pytest.approx(logits[:, 1].sum().item(), rel=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
+def test_a_tanh_far_into_saturation(dtype):
+    """tanh(20) is 1 in every precision; the slope is 1/20 all the same."""
+    x = torch.tensor([0.0, 1e-3, 0.5, 3.0, 20.0], dtype=dtype, requires_grad=True)
+    with observed():
+        output = torch.tanh(x)
+    (gradient,) = libra_grad(output, x)
+    exact = x.detach().double()
+    slope = torch.where(exact == 0, 1, torch.tanh(exact) / exact)
+    torch.testing.assert_close(gradient.double(), slope, rtol=2 * torch.finfo(dtype).eps, atol=0)
+
+
+@pytest.mark.parametrize("dtype, limit", [(torch.float64, 1e-6), (torch.float32, 2e-4), (torch.float16, 1e-3)])
+def test_outside_a_tanh_is_refused_before_it_is_wrong(dtype, limit):
+    refused = False
+    for value in torch.linspace(0.1, 19, 400).to(dtype):
+        x = value.clone().requires_grad_()
+        output = torch.tanh(x)
+        try:
+            (gradient,) = libra_grad(output, x)
+        except ArithmeticError as error:
+            refused = True
+            assert "observed()" in str(error)
+            continue
+        assert not refused, f"{value} is explained although a smaller argument was not"
+        exact = torch.tanh(value.double()) / value.double()
+        assert abs(gradient.double() - exact) <= (limit + torch.finfo(dtype).eps) * exact
+    assert refused
+
+
+def test_bert_in_half_precision_is_complete():
+    config = transformers.BertConfig(
+        hidden_size=32, num_hidden_layers=1, num_attention_heads=4, intermediate_size=48, vocab_size=60
+    )
+    model = transformers.BertForSequenceClassification(config).eval().bfloat16()
+    nn.init.normal_(model.bert.pooler.dense.weight, std=0.5)
+    embeddings = torch.randn(1, 7, 32, dtype=torch.bfloat16, requires_grad=True)
+    with observed():
+        output = model(inputs_embeds=embeddings).logits[:, 1]
+    assert total(output, embeddings) == pytest.approx(output.item(), abs=0.05 * output.abs().item() + 0.01)
+
+
+def test_nothing_of_an_activations_size_is_kept():
+    """The tensors that autograd saves are the same, observed or not, in a model whose parameters are frozen."""
+    model = timm.create_model("vit_tiny_patch16_224", img_size=32, depth=2, num_classes=3).eval().requires_grad_(False)
+    images = torch.randn(2, 3, 32, 32, requires_grad=True)
+
+    def saved_bytes(context):
+        kept = {}
+        with (
+            torch.autograd.graph.saved_tensors_hooks(
+                lambda t: kept.setdefault(t.untyped_storage().data_ptr(), t) is None or t, lambda t: t
+            ),
+            context,
+        ):
+            output = model(images)
+        assert output.grad_fn is not None
+        return sum(t.untyped_storage().nbytes() for t in kept.values())
+
+    import contextlib
+
+    plain, with_leaves = saved_bytes(contextlib.nullcontext()), saved_bytes(observed())
+    assert plain <= with_leaves <= 1.001 * plain
+
+
+RANDOM = {
+    "dropout": nn.Dropout(0.5),
+    "alpha dropout": nn.AlphaDropout(0.5),
+    "feature dropout": nn.Dropout1d(0.5),
+    "dropped paths": DropPath(0.5),
+    "dropped patches": PatchDropout(0.5),
+}
+
+
+@pytest.mark.parametrize("name", RANDOM)
+def test_random_modules_in_training_mode_are_refused(name):
+    module, x = RANDOM[name].train(), torch.randn(4, 6, 8, requires_grad=True)
+    with pytest.raises(ValueError, match="at random.*model.eval"), observed():
+        module(x)
+    with observed():
+        output = module.eval()(x)[:, 0].sum(1)
+    torch.testing.assert_close(torch.tensor(total(output, x)).float(), output.sum().detach())
+
+
+@pytest.mark.parametrize("name", [name for name in RANDOM if "patches" not in name])
+def test_dropout_is_seen_in_the_graph_too(name):
+    x = torch.randn(16, 6, 8, requires_grad=True)
+    with pytest.raises(ValueError, match="dropout was active.*model.eval"):
+        libra_grad(RANDOM[name].train()(x).sum((1, 2)), x)
+
+
+def test_transformers_drop_path_is_seen_in_the_graph():
+    from transformers.models.swin.modeling_swin import SwinDropPath
+
+    x = torch.randn(16, 6, 8, requires_grad=True)
+    with pytest.raises(ValueError, match="dropout was active"):
+        libra_grad(SwinDropPath(0.5).train()(x).sum((1, 2)), x)
+
+
+@pytest.mark.parametrize(
+    "mask", [[0.0, 2.0, 0.0, 2.0], [0.0, 1.0, 1.0, 0.0], [3.0, 3.0, 0.0, 3.0], [0.5, 0.5, 0.0, 0.0]]
+)
+def test_masks_that_somebody_wrote_down_are_no_dropout(mask):
+    x, mask = draw(3, 4), torch.tensor(mask, dtype=torch.float64)
+    torch.testing.assert_close(libra_grad((x * mask).sum(1), x)[0], mask.expand(3, 4))
+
+
+def test_a_constant_that_changes_after_it_was_added():
+    x, counter = draw(3, 8), BUFFER.clone()
+    with observed():
+        output = (x + counter).sum(1)
+        counter += 1
+    with pytest.raises(ValueError, match="changed in place after it had been added"):
+        additive_constants(output, x)
+
+
+def test_the_context_leaves_nothing_behind_when_the_model_fails():
+    with pytest.raises(ZeroDivisionError), observed():
+        raise ZeroDivisionError
+    x = draw(3, 8)
+    assert (x + 1).grad_fn.next_functions[1][0] is None  # a number again
