@@ -4,6 +4,7 @@ import pytest
 import timm
 import torch
 import transformers
+from measuring import memory
 from small_models import IDS, PICTURES, TEXT, perturbed
 
 from libragrad_minimal import attribute, libra_grad
@@ -125,12 +126,6 @@ def test_compiled_models_run_eagerly():
 # ---- what it costs ---------------------------------------------------------------------------------------------------
 
 
-def peak_bytes(function) -> int:
-    from benchmarks import speed
-
-    return speed.peak_bytes(lambda gradient: function(), None, "cpu")
-
-
 @pytest.mark.parametrize("method", ["IxG", "FullGrad+"])
 def test_memory_is_that_of_libra_grad(method):
     """And so linear in the number of tokens: no T x T map, no logits but the last position's."""
@@ -145,7 +140,8 @@ def test_memory_is_that_of_libra_grad(method):
         libra_grad(model(inputs_embeds=embeddings, use_cache=False, logits_to_keep=1).logits[0, -1, 5], embeddings)
 
     attribute(model, ids, 5, method)
-    assert peak_bytes(lambda: attribute(model, ids, 5, method)) < 1.1 * peak_bytes(bare)
+    ours, plain = (memory(run, "cpu").peak for run in (lambda: attribute(model, ids, 5, method), bare))
+    assert ours < 1.1 * plain
 
 
 def test_maps_that_do_not_fit_into_memory_are_refused_before(monkeypatch):
