@@ -57,7 +57,8 @@ class Classifier(nn.Module):
             attended = F.scaled_dot_product_attention(q, k, v, is_causal=self.read == -1)
             x = x + self.out[i](attended.transpose(1, 2).reshape(x.shape))
             x = x + F.gelu(self.up[i](self.norms[2 * i + 1](x)))
-        return self.head(self.norms[4](x)[:, self.read])
+        read = torch.tensor([self.read]) if self.read > 0 else slice(self.read, self.read + 1 or None)
+        return self.head(self.norms[4](x)[:, read][:, 0])
 
 
 def unbound(qkv):

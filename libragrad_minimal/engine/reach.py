@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from math import prod
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 from torch.autograd.graph import Node
 
@@ -43,7 +44,7 @@ class Within(NamedTuple):
 
 Reach = Within | None  # None: anywhere
 VIEWS = {"View", "UnsafeView", "ReshapeAlias", "Unsqueeze", "Squeeze"}
-PARTS = {"Unbind", "Split", "SplitWithSizes", "Select", "Slice"}
+PARTS = {"Unbind", "Split", "SplitWithSizes", "Select", "Slice", "Index"}
 POINTWISE = set(
     """Add Sub Rsub Neg Mul Div Clone Alias ToCopy Contiguous Gelu Silu Relu Tanh Sigmoid Hardswish Mish Elu LeakyRelu
     Pow Sqrt Where MaskedFill NativeDropout""".split()
@@ -100,6 +101,8 @@ def signed(number: int) -> int:
 def part_of(node: Node, name: str, number: int) -> Reach:
     """Which part of its operand a result is."""
     shape = operand_shape(node, 0)
+    if name == "Index":
+        return rows_by_number(saved(node, "indices"), shape)
     dim = signed(saved(node, "dim")) % len(shape)
     size = shape[dim]
     if name == "Unbind":
@@ -119,6 +122,15 @@ def part_of(node: Node, name: str, number: int) -> Reach:
         start = sum(sizes[:number])
         stop = start + sizes[number]
     return Within(dim, start, stop, size)
+
+
+def rows_by_number(indices: Sequence[Tensor | None], shape: Sequence[int]) -> Reach:
+    """tokens[:, rows]: from the first of them to the last. On a GPU nobody waits for their numbers."""
+    (dim, rows), *others = [(dim, index) for dim, index in enumerate(indices) if index is not None]
+    if others or rows.dim() != 1 or rows.dtype != torch.long or rows.device.type != "cpu" or not len(rows):
+        return None
+    rows = rows % shape[dim]
+    return Within(dim, int(rows.min()), int(rows.max()) + 1, shape[dim])
 
 
 def through_view(reach: Within, seen: Sequence[int], stored: Sequence[int]) -> Reach:
