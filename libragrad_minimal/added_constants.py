@@ -10,11 +10,11 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.graph import Node, get_gradient_edge
 
 from .engine import additive_constants
@@ -39,6 +39,7 @@ class Constant:
 
     tensor: Tensor
     entrances: tuple[Entrance, ...]
+    passed_on: tuple[Tensor, tuple[Entrance, ...]] | None = None  # as what, and where, a layer around it adds it
 
 
 class ConstantShare(NamedTuple):
@@ -47,7 +48,9 @@ class ConstantShare(NamedTuple):
     total: Tensor  # (B,)
 
 
-def constants_of(output: Tensor, starts: Sequence[Tensor], stream: Sequence[Tensor]) -> list[Constant]:
+def constants_of(
+    model: nn.Module, output: Tensor, starts: Sequence[Tensor], stream: Sequence[Tensor]
+) -> list[Constant]:
     """Everything that is added between `starts` and the output."""
     order = topological([get_gradient_edge(output).node])
     roots = {get_gradient_edge(start).node for start in starts}
@@ -68,7 +71,20 @@ def constants_of(output: Tensor, starts: Sequence[Tensor], stream: Sequence[Tens
             nodes = entered(get_gradient_edge(tensor).node, users, live)
         places = (Entrance(node, unflattened(node, users), layers.get(node, len(stream) - 1)) for node in nodes)
         found.append(Constant(tensor, tuple(places)))
-    return found
+    return passed_on_by_attention(model, found)
+
+
+def passed_on_by_attention(model: nn.Module, constants: list[Constant]) -> list[Constant]:
+    """nn.MultiheadAttention as one layer: the rows of its map sum to 1, so the bias of its values passes whole, and
+    is added where the layer's own bias is."""
+    by_place = {constant.tensor.data_ptr(): constant for constant in constants}
+    for layer in model.modules():
+        if isinstance(layer, nn.MultiheadAttention) and layer.in_proj_bias is not None:
+            inner, outer = (by_place.get(bias.data_ptr()) for bias in (layer.in_proj_bias, layer.out_proj.bias))
+            if inner is not None and outer is not None:
+                value = layer.out_proj.weight.detach() @ layer.in_proj_bias.detach().chunk(3)[2]
+                constants[constants.index(inner)] = replace(inner, passed_on=(value, outer.entrances))
+    return constants
 
 
 def entered(leaf: Node, users: dict[Node, list[Node]], live: set[Node]) -> list[Node]:
@@ -121,6 +137,7 @@ class Shares:
     stream: Sequence[Tensor]
     tokens_first: set[Node]  # the nodes whose results are (N, B, C), where N = B leaves that open
     caught: dict[Constant, list[Way | None]] = field(default_factory=dict)  # for each way in which it can lie
+    passed_on: dict[Constant, list[Way | None]] = field(default_factory=dict)  # the same where a layer adds it
     settled: list[ConstantShare] = field(default_factory=list)
     assumed: dict[int, Constant] = field(default_factory=dict)  # numbers of shares that take samples to come first
     unclear: dict[int, Constant] = field(default_factory=dict)  # those whose samples aren't told apart
@@ -129,10 +146,11 @@ class Shares:
     def samples(self) -> int:
         return self.stream[0].shape[self.axes[0].batch]
 
-    def catch(self, constant: Constant, place: Entrance, arriving: Tensor) -> None:
+    def catch(self, constant: Constant, value: Tensor, place: Entrance, arriving: Tensor) -> None:
         gradient = precise(arriving).reshape(place.shape)
-        found = [self.by_token(p, place) for p in products(precise(constant.tensor.detach()), gradient)]
-        ways = self.caught.setdefault(constant, [{} for _ in found])
+        found = [self.by_token(p, place) for p in products(precise(value.detach()), gradient)]
+        caught = self.caught if value is constant.tensor else self.passed_on
+        ways = caught.setdefault(constant, [{} for _ in found])
         for i, (way, share) in enumerate(zip(ways, found, strict=False)):
             if share is None or way is None:
                 ways[i] = None
@@ -175,7 +193,7 @@ class Shares:
         if gradient is None:
             return
         whole = (precise(constant.tensor.detach()) * precise(gradient)).sum()
-        for way in self.caught.pop(constant, []):
+        for way in [*self.passed_on.pop(constant, []), *self.caught.pop(constant, [])]:
             if way and torch.isclose(total_of(way), whole, 1e-3, 1e-6 * extent(way)):
                 unclear = {place.layer for place in constant.entrances if not self.samples_first(place)}
                 for layer, share in way.items():
@@ -242,14 +260,16 @@ def catch_shares(
     """Inside, a backward pass notes what arrives where constants are added."""
     shares = Shares(axes, stream, tokens_first)
 
-    def catch(constant: Constant, place: Entrance):
+    def catch(constant: Constant, value: Tensor, place: Entrance):
         def hook(arriving):
             if arriving[0] is not None:
-                shares.catch(constant, place, arriving[0])
+                shares.catch(constant, value, place, arriving[0])
 
         return hook
 
-    with removed([place.node.register_prehook(catch(one, place)) for one in constants for place in one.entrances]):
+    places = [(one, one.tensor, place) for one in constants for place in one.entrances]
+    places += [(one, one.passed_on[0], place) for one in constants if one.passed_on for place in one.passed_on[1]]
+    with removed([place.node.register_prehook(catch(one, value, place)) for one, value, place in places]):
         yield shares
 
 

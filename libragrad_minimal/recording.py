@@ -163,7 +163,7 @@ class Recording:
     @cached_property
     def constants(self) -> list[Constant]:
         """Everything that is added on the way."""
-        return constants_of(self.output, self.starts, self.stream)
+        return constants_of(self.request.model, self.output, self.starts, self.stream)
 
     @cached_property
     def attention_maps(self) -> list[AttentionMap]:
