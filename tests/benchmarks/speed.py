@@ -18,21 +18,21 @@ What was tried, and what it gave
 --------------------------------
 Two cores of a shared machine, torch 2.14, forward included; each line is what one idea changed on its own.
 
-- Hooks that replace what a node sends on, after PyTorch's own derivative ran: ViT-B 1.02 (batch 1) and 1.03 (batch 8), Llama
-  of 256 tokens 0.95. Where a branch is cut, its backward pass is saved; the repaired layers are computed twice.
+- Hooks that replace what a node sends on, after PyTorch's own derivative ran: ViT-B 1.02 (batch 1) and 1.03 (batch
+  8), Llama of 256 tokens 0.95. Where a branch is cut, its backward pass is saved; the repaired layers are computed
+  twice.
 - A stand-in for the gradient, which answers in the place of PyTorch's derivative of norms, GELU, SiLU and attention
   (engine/applied.py): nothing is computed twice any more, and no memory of PyTorch's is written over.
-- Attention for the values alone, two matrix products of five: 28 ms for 50 on batch 8 of a ViT-B's layer. Blocks of 64 keys
-  cost no more than 128; one block of all keys would be 8 % faster, and of the size of the attention map.
+- Attention for the values alone, two matrix products of five: 28 ms for 50 on batch 8 of a ViT-B's layer. Blocks of
+  64 keys cost no more than 128; one block of all keys would be 8 % faster, and of the size of the attention map.
 - The values' third of a fused projection: 29 ms for 85 on the same layer. With the two above, ViT-B 0.94 (batch 1).
-- Rows that are zero (engine/reach.py): after the last attention only the class token, or the last token of a text, carries
-  gradient. ViT-B 0.93; the Llama, of four layers here, 0.85.
-- That the zeros are zeros is looked up each time, on a CPU: about 0.3 %.
+- Rows that are zero (engine/reach.py): after the last attention only the class token, or the last token of a text,
+  carries gradient. ViT-B 0.93; the Llama, of four layers here, 0.85.
 
-Not worth it: GELU's slope by erf or erfc instead of gelu(x)/x (13.5 and 14.6 ms against 12.8; PyTorch's derivative takes
-10.7), torch.special.ndtr (95), the norm's mean as a matrix product (1.2 ms against 0.8). Left for another day: GELU's value,
-which the next layer saved (5.5 ms, but only where that layer's weights are trainable), and plans kept for equal graphs
-(a ViT-B's takes 8 ms).
+Not worth it: GELU's slope by erf or erfc instead of gelu(x)/x (13.5 and 14.6 ms against 12.8; PyTorch's derivative
+takes 10.7), torch.special.ndtr (95), the norm's mean as a matrix product (1.2 ms against 0.8). Left for another day:
+GELU's value, which the next layer saved (5.5 ms, but only where that layer's weights are trainable), and plans kept
+for equal graphs (a ViT-B's takes 8 ms).
 """
 
 import argparse
