@@ -309,7 +309,7 @@ REFUSED = {
     ),
     "attention to constants": (
         lambda x: F.scaled_dot_product_attention(x[None], x[None], torch.ones(1, 2, 4))[0, :, 0] + x[:, 0],
-        "Attention",
+        "Attention|Softmax",
     ),
 }
 

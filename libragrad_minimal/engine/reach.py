@@ -67,7 +67,8 @@ def reach_of_operand(node: Node, operand: int, results: Sequence[tuple[int, Reac
         reach: Reach = part_of(node, name, results[0][0])
         for number, _ in results[1:]:
             reach = widest(reach, part_of(node, name, number))
-        return reach
+        whole = name == "Slice" and worth_sparing(reach) is None
+        return results[0][1] if whole else reach
     (number, reach), *others = results
     if reach is None or others or number > 0:
         return None
