@@ -158,7 +158,7 @@ def leaves(value: Any, live: Tensor) -> Any:
         return type(value)(leaves(v, live) for v in value) if type(value) in (list, tuple) else value
     if is_number(value):
         return number_as_leaf(value, live) if value != 0 and math.isfinite(abs(value)) else value
-    if type(value) not in PLAIN_TENSORS or value.requires_grad:
+    if type(value) not in PLAIN_TENSORS or value.requires_grad or not value.numel():
         return value
     value = value.clone() if value.is_inference() else value.detach()
     return versioned(value.to(torch.promote_types(value.dtype, live.dtype)))  # its gradient will be that precise
