@@ -12,6 +12,8 @@ Which question is answered where:
     added.py       additive constants
     backward.py    libra_grad, balanced, audit
     observed.py    the context for a forward pass
+    functions.py   which functions add, and what; rewritten.py: those that need another way
+    leaves.py      a constant as a leaf that requires grad
 """
 
 from .added import additive_constants

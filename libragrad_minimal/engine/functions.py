@@ -1,0 +1,90 @@
+"""Which functions of PyTorch's add something, and which of their arguments it is."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .leaves import is_in_place, is_live
+
+OPERATORS = (torch._ops.OpOverload, torch._ops.OpOverloadPacket)
+
+
+def packet(function: Callable) -> Callable:
+    return getattr(function, "overloadpacket", function)
+
+
+def spellings(name: str) -> list[Callable]:
+    """Every function of PyTorch's of this name: of torch, of tensors, in place, as operators, of nn.functional."""
+    names = (name, f"{name}_", f"__{name}__", f"__r{name}__", f"__i{name}__")
+    found = [getattr(place, n, None) for place in (torch, Tensor, F, torch.special) for n in names]
+    return [function for function in found if callable(function)]
+
+
+Places = tuple[tuple[int, str], ...]  # position and keyword of each argument that is added
+
+
+def places_that_add(function: Callable, args: Sequence[Any]) -> Places:
+    """Where its arguments are added, what it writes into left out."""
+    by_name = isinstance(function, OPERATORS)
+    places = ADDED_BY_NAME.get(function.__name__, ()) if by_name else ADDED.get(function, ())
+    if function in BINARY_OR_REDUCTION and len(args) > 1 and isinstance(args[1], Tensor):
+        places = ((0, "input"), (1, "other"))
+    if (factors := FACTORS.get(function)) is not None and not any(is_live(args[i]) for i in factors):
+        places = (*places, (factors[0], ""))
+    return tuple(place for place in places if place[0] != 0) if is_in_place(function) else places
+
+
+ADDED_BY_NAME: dict[str, Places] = {
+    **dict.fromkeys("add sub subtract rsub maximum minimum fmax fmin".split(), ((0, "input"), (1, "other"))),
+    **dict.fromkeys("div divide true_divide prelu grid_sample".split(), ((0, "input"),)),
+    **dict.fromkeys("slice_scatter select_scatter diagonal_scatter".split(), ((0, "input"), (1, "src"))),
+    "lerp": ((0, "input"), (1, "end")),
+    "addcdiv": ((0, "input"), (1, "tensor1")),
+    "complex": ((0, "real"), (1, "imag")),
+    "masked_fill": ((0, "input"), (2, "value")),
+    "masked_scatter": ((0, "input"), (2, "source")),
+    "index_fill": ((0, "input"), (3, "value")),
+    **dict.fromkeys(["index_copy", "index_add"], ((0, "input"), (3, "source"))),
+    **dict.fromkeys(["scatter_add", "scatter_reduce"], ((0, "input"), (3, "src"))),
+    **dict.fromkeys(
+        "cat concat concatenate stack hstack vstack dstack column_stack row_stack".split(), ((0, "tensors"),)
+    ),
+    **dict.fromkeys("addmm baddbmm addbmm addmv addr addcmul".split(), ((0, "input"),)),
+    **dict.fromkeys("linear conv1d conv2d conv3d".split(), ((2, "bias"),)),
+    **dict.fromkeys("conv_transpose1d conv_transpose2d conv_transpose3d".split(), ((2, "bias"),)),
+    "bilinear": ((3, "bias"),),
+    **dict.fromkeys(["layer_norm", "group_norm"], ((0, "input"), (3, "bias"))),
+    "multi_head_attention_forward": (
+        (2, "value"), (6, "in_proj_bias"), (7, "bias_k"), (8, "bias_v"), (12, "out_proj_bias")
+    ),
+    **dict.fromkeys("lstm gru rnn_tanh rnn_relu".split(), ((1, "hx"), (2, "params"))),
+    **dict.fromkeys("lstm_cell gru_cell rnn_tanh_cell rnn_relu_cell".split(), ((1, "hx"), (4, "b_ih"), (5, "b_hh"))),
+    "copy": ((1, "src"),),
+    "fill": ((1, "value"),),
+}  # fmt: skip
+ADDED: dict[Callable, Places] = {
+    function: places for name, places in ADDED_BY_NAME.items() for function in spellings(name)
+}
+ADDED |= {torch.where: ((1, "input"), (2, "other")), Tensor.where: ((0, "input"), (2, "other"))}
+# Of a product of two constants that is added, one is the stream.
+FACTORS = {
+    function: (1, 2) for name in "addmm baddbmm addbmm addmv addr addcmul".split() for function in spellings(name)
+}
+# max and min of two tensors; of one and a dimension they are reductions
+BINARY_OR_REDUCTION = {torch.max, torch.min, Tensor.max, Tensor.min}
+ADDITIONS = {torch.add, Tensor.add, Tensor.__add__, Tensor.__radd__, Tensor.add_, Tensor.__iadd__}
+KEPT_ARGUMENT = {function for name in ("tanh", "expm1") for function in spellings(name)}
+SIGMOIDS = {torch.sigmoid, Tensor.sigmoid, torch.special.expit}
+DROPOUTS = {
+    getattr(F, name) for name in "dropout alpha_dropout dropout1d dropout2d dropout3d feature_alpha_dropout".split()
+}
+RANDOM = {
+    function
+    for name in "bernoulli rand randn rand_like randn_like randint randperm multinomial normal uniform".split()
+    for function in spellings(name)
+}

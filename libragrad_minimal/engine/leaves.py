@@ -1,0 +1,107 @@
+"""A constant becomes a leaf that requires grad: the same memory under another name, which autograd follows."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .nodes import COUNTED, VERSION, note
+from .plan import UnsupportedOperation
+
+
+def is_live(value: Any) -> bool:
+    if not isinstance(value, Tensor):
+        return False
+    while torch._C._functorch.is_functorch_wrapped_tensor(value):
+        value = torch._C._functorch.get_unwrapped(value)
+    return value.requires_grad
+
+
+def is_number(value: Any) -> bool:
+    return isinstance(value, int | float | complex)
+
+
+def first_live(values: Sequence[Any]) -> Tensor | None:
+    for value in values:
+        if is_live(value):
+            return value
+        if isinstance(value, list | tuple) and (found := first_live(value)) is not None:
+            return found
+    return None
+
+
+def leaves(value: Any, live: Tensor) -> Any:
+    """A constant as a leaf that requires grad: the same memory. Lists and tuples of constants one by one."""
+    if isinstance(value, list | tuple):
+        return type(value)(leaves(v, live) for v in value) if type(value) in (list, tuple) else value
+    if is_number(value):
+        return number_as_leaf(value, live) if value != 0 and math.isfinite(abs(value)) else value
+    if type(value) not in PLAIN_TENSORS or value.requires_grad or not value.numel():
+        return value
+    value = value.clone() if value.is_inference() else value.detach()
+    return versioned(value.to(torch.promote_types(value.dtype, live.dtype)))  # its gradient will be that precise
+
+
+def number_as_leaf(value: complex, live: Tensor) -> Tensor:
+    """A tensor without dimensions, which takes part in an operation as the number would, rounded no more than it."""
+    half = live.dtype in (torch.float16, torch.bfloat16) and live.dim() > 0
+    return versioned(torch.tensor(value, dtype=torch.float32 if half else live.dtype))
+
+
+def versioned(leaf: Tensor) -> Tensor:
+    if torch._C._functorch.peek_interpreter_stack() is not None:
+        raise UnsupportedOperation(
+            "a constant is added inside torch.func.vmap (or another transform of torch.func), where observed() can't "
+            "count it: write the batch dimension out, or add the constant outside"
+        )
+    leaf.requires_grad_()
+    setattr(leaf, VERSION, leaf._version)
+    return leaf
+
+
+PLAIN_TENSORS = (Tensor, nn.Parameter, nn.Buffer)
+
+
+def nothing_but_gradient(constant: Tensor) -> Tensor:
+    """Zeros, through which gradient reaches a leaf of the value `constant` that the forward pass has already:
+    leaf - leaf is exactly 0."""
+    leaf = versioned(constant.detach().nan_to_num(0.0, 0.0, 0.0))  # empty memory holds anything, until written over
+    return without_row(leaf - leaf.detach())
+
+
+def without_row(tensor: Tensor) -> Tensor:
+    """What its node seems to hide has a leaf of its own, or is zero: the audit needn't speak of it."""
+    if tensor.grad_fn is not None:
+        note(tensor.grad_fn, COUNTED, True)
+    return tensor
+
+
+def base_of(tensor: Tensor) -> Tensor:
+    return tensor._base if tensor._is_view() and tensor._base is not None else tensor
+
+
+def make_written_tensor_live(function: Callable, args: list[Any]) -> bool:
+    """A tensor without a graph that something live is written into: what it held before is a constant.
+
+    Returns whether there is nothing to count there: it held zeros.
+    """
+    written = args[0]
+    base = base_of(written)
+    if base.requires_grad or not base.is_floating_point():
+        return False
+    if function is Tensor.copy_ and base is written:
+        return False  # nothing of it is left
+    if not base.any():
+        return True
+    without_row(base.add_(nothing_but_gradient(base)))
+    _ = written.grad_fn  # PyTorch looks anew at what a view is part of only when it is asked
+    return False
+
+
+def is_in_place(function: Callable) -> bool:
+    name = getattr(function, "__name__", "")
+    return name.startswith("__i") or name == "__setitem__" or name.endswith("_") and not name.endswith("__")
