@@ -357,13 +357,23 @@ def record(
     kernel = sdpa_kernel(SDPBackend.MATH) if MAPS in reads else contextlib.nullcontext()
     residuals = request.rules.residual or BETWEEN in reads
     eager = torch.compiler.set_stance("force_eager")
-    with removed(passed.hooks()), torch.no_grad(), eager, kernel, observed(residuals=residuals):
+    with removed(passed.hooks()), torch.no_grad(), eager, kernel, unfused(model), observed(residuals=residuals):
         answer = call(model, inputs, kept)
         with torch.enable_grad():
             output = explained(model, answer, *repeated(request, rows, apart), inputs.samples * (apart or 1))
     if not copies and passed.changed_in_place():
         return record(request, start, apart, copies=True)
     return passed.finished(output)
+
+
+@contextlib.contextmanager
+def unfused(model: nn.Module) -> Iterator[None]:
+    """Inside, recurrent layers run step by step: fused ones hide their gates."""
+    if not any(isinstance(module, nn.RNNBase) for module in model.modules()):
+        yield
+        return
+    with torch.backends.mkldnn.flags(enabled=False), torch.backends.cudnn.flags(enabled=False):
+        yield
 
 
 @dataclass

@@ -151,7 +151,8 @@ def streams_in_graph(model: nn.Module, inputs: Inputs, lists: dict[str, list[nn.
     ran = {call.block for call in calls}
     streams = [tuple(block for block in lists[name] if block in ran) for name in chosen]
     through = {roots[root] for root, names in served.items() if chosen[0] in names}
-    of_picture = inputs.words is not None and not any(inputs.tensors[name] is inputs.words for name in through)
+    of_picture = inputs.words is not None and any(inputs.tensors[name].is_floating_point() for name in through)
+    of_picture = of_picture and not any(inputs.tensors[name] is inputs.words for name in through)
     return Streams(streams[0], streams[1] if len(streams) > 1 else (), of_picture)
 
 

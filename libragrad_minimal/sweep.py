@@ -28,7 +28,7 @@ from tqdm import tqdm
 
 from .attribution import attribute
 from .engine import UnsupportedOperation, additive_constants, libra_grad, observed
-from .families import Inputs, call
+from .families import Inputs, call, explains_picture_for_texts
 from .layout import first_tokens, layout_of
 from .readout import chosen_rows, explained, kept_rows
 from .streams import find_streams, removed
@@ -45,6 +45,7 @@ IMPORTED_FIRST = {  # once for all processes: what takes seconds
     "open_clip": ["open_clip"],
 }
 COMPLETE, REFUSED, RAW, WRONG = "complete", "refused", "raw exception", "wrong"
+INCOMPLETE = "incomplete, and says so"
 SURE = 1e-3  # relative to the output
 CORNER_CELLS = 5  # how many cells of a map are checked
 
@@ -92,30 +93,37 @@ def incompleteness(case: Case) -> tuple[Tensor, float]:
 
     def leaf(tensor: Tensor) -> Tensor:
         leaves.append(tensor.detach().requires_grad_())
-        return leaves[-1]
+        return leaves[-1].clone()  # the model may change it in place
 
     inputs = Inputs(case.inputs)
-    ids = [tensor for tensor in inputs.tensors.values() if not tensor.is_floating_point()]
     for name, tensor in inputs.tensors.items():
         if tensor.is_floating_point():
-            inputs = inputs.replaced(name, leaf(tensor).clone())
+            inputs = inputs.replaced(name, leaf(tensor))
+    embeddings = word_embeddings(case.model) if inputs.words is not None else []
 
     def embed(module, args, result):
-        if any(same(args[0], tensor) for tensor in ids):
-            return leaf(result).clone()
+        return leaf(result) if isinstance(result, Tensor) else (leaf(result[0]), *result[1:])
 
-    embeddings = [module for module in case.model.modules() if isinstance(module, nn.Embedding)]
-    with removed([module.register_forward_hook(embed) for module in embeddings]), observed():
+    hooks = [module.register_forward_hook(embed) for module in embeddings]
+    with removed(hooks), observed():
         output = explained_number(case, inputs)
     first = output[0]
-    starts = [tensor for tensor in leaves if tensor.numel()]
-    constants = additive_constants(first, starts)
-    gradients = libra_grad(first, [*starts, *constants], allow_unused=True)
+    constants = additive_constants(first, leaves)
     total = torch.zeros((), dtype=torch.float64)
-    for tensor, gradient in zip([*starts, *constants], gradients, strict=True):
+    gradients = libra_grad(first, [*leaves, *constants], allow_unused=True)
+    for tensor, gradient in zip([*leaves, *constants], gradients, strict=True):
         if gradient is not None:
             total += (tensor.detach().double() * gradient.double()).sum()
     return output.detach(), float((total - first.double()).abs() / first.double().abs().clamp(min=1e-12))
+
+
+def word_embeddings(model: Any) -> list[nn.Module]:
+    """The module that embeds token ids, as the model says; else every embedding."""
+    try:
+        return [model.get_input_embeddings()]
+    except (AttributeError, NotImplementedError):
+        named = getattr(model, "token_embedding", None)
+        return [named] if named is not None else [m for m in model.modules() if isinstance(m, nn.Embedding)]
 
 
 def explained_number(case: Case, inputs: Inputs) -> Tensor:
@@ -128,10 +136,6 @@ def explained_number(case: Case, inputs: Inputs) -> Tensor:
 
 def answer_type(answer: Any) -> torch.dtype:
     return answer.dtype if isinstance(answer, Tensor) else torch.get_default_dtype()
-
-
-def same(given: Any, tensor: Tensor) -> bool:
-    return isinstance(given, Tensor) and given.shape == tensor.shape and torch.equal(given, tensor)
 
 
 def in_precision(inputs: Any, dtype: torch.dtype) -> Any:
@@ -151,7 +155,7 @@ def judge_attribute(case: Case, number: list[Tensor]) -> dict[str, Any]:
     rounding = 100 * torch.finfo(torch.float32).eps * scale  # scores that cancel
     row = {"": COMPLETE, "_error": f"{error:.1e}", "_grid": " x ".join(map(str, result.grid or ()))}
     if not error < max(SURE, rounding):
-        row |= {"": f"{WRONG}, and says so" if said else WRONG, "_detail": said or "incomplete"}
+        row |= {"": INCOMPLETE if said else WRONG, "_detail": said or "incomplete, and doesn't say so"}
     if not result.scores.isfinite().all():
         row |= {"": WRONG, "_detail": "scores that aren't finite"}
     if number and not torch.allclose(number[0], result.output, rtol=1e-3, atol=1e-4):
@@ -164,7 +168,7 @@ def judge_attribute(case: Case, number: list[Tensor]) -> dict[str, Any]:
 def misplaced(case: Case) -> str:
     """A fault of the map, found as one would by hand: change the pixels of one cell, see which token moves most. It may
     be the next one, where patches overlap."""
-    inputs = Inputs(case.inputs)
+    inputs = Inputs(case.inputs, about_picture=explains_picture_for_texts(case.model))
     streams = find_streams(case.model, inputs)
     name, start = inputs.picture, first_tokens(case.model, inputs, streams.blocks)
     layout = layout_of(case.model, inputs, streams.blocks, start)

@@ -20,10 +20,11 @@ from torch import Tensor, nn
 from .families import Inputs, call, embedding_of, generates
 
 LIBRARIES = ("timm", "transformers", "open_clip")
-MIXING = re.compile(
-    r"att(entio)?n|mixer|mixing|pool(former)?block|glu|gated|gating|mamba|recurrent|sequencer|hyena", re.I
+ATTENTION = re.compile(r"att(entio)?n|mhsa|gpsa|litemla", re.I)
+CHANNELS_ALONE = re.compile(
+    r"selectivekernel|squeeze|effnet_?attn|nonlocal|^(se|eca|cbam|split|channel|spatial)\w*att", re.I
 )
-NO_MIXING = re.compile(r"pool2d|selecti?ve?kernel|squeeze|effnet_?attn|nonlocal$", re.I)
+MIXING = re.compile(r"mixer|mixing|poolformer|glu|gated|gating|mamba|recurrent|sequencer|^resmlp", re.I)
 MOST_PARAMETERS = 250e6
 
 
@@ -154,12 +155,11 @@ def timm_case(name: str) -> Case:
 
 
 def kind_of(model: nn.Module) -> str:
-    """What its code has: attention, a mixer, a gated MLP or a recurrence; else it is convolutions alone."""
-    names = {type(module).__name__ for module in model.modules()}
-    mixing = {name for name in names if MIXING.search(name) and not NO_MIXING.search(name)}
-    if any(re.search("att(entio)?n", name, re.I) for name in mixing):
+    """What its code has, by the names of its classes: attention over places, a mixer or gated MLP, or neither."""
+    names = [name for name in {type(module).__name__ for module in model.modules()} if not CHANNELS_ALONE.search(name)]
+    if any(map(ATTENTION.search, names)):
         return "attention"
-    return "mixer" if mixing else "convolutions"
+    return "mixer" if any(map(MIXING.search, names)) else "convolutions"
 
 
 # ---- transformers ----------------------------------------------------------------------------------------------------
@@ -192,7 +192,7 @@ SMALL: dict[str, Any] = dict(
     **dict.fromkeys("num_attention_heads n_head n_heads num_heads encoder_attention_heads".split(), NUMBER_OF_HEADS),
     **dict.fromkeys("decoder_attention_heads encoder_num_heads linear_num_value_heads".split(), NUMBER_OF_HEADS),
     **dict.fromkeys("num_key_value_heads num_kv_heads n_head_kv linear_num_key_heads".split(), 2),
-    **dict.fromkeys("intermediate_size n_inner d_ff ffn_dim encoder_ffn_dim decoder_ffn_dim hidden_dim".split(), 128),
+    **dict.fromkeys("intermediate_size n_inner d_ff ffn_dim encoder_ffn_dim decoder_ffn_dim hidden_dim".split(), 256),
     **dict.fromkeys("head_dim d_kv v_head_dim linear_key_head_dim linear_value_head_dim kv_lora_rank".split(), 16),
     **dict.fromkeys("q_lora_rank d_head attention_head_size".split(), 16),
     **dict.fromkeys("qk_rope_head_dim qk_nope_head_dim".split(), 8),
@@ -209,10 +209,18 @@ SMALL: dict[str, Any] = dict(
     decoder_start_token_id=1,
     num_labels=7,
     max_position_embeddings=128,
-    projection_dim=32,
+    mm_tokens_per_image=4,
+    rotary_dim=8,
     state_size=8,
+    emb_dim=WIDTH,
+    entity_vocab_size=WORDS,
+    attn_layer_period=2,
+    attn_layer_offset=1,
     num_kv_shared_layers=0,
 )
+NEEDED = {name for name in SMALL if name.endswith("token_id")} | {  # also where the default is None
+    *"vocab_size num_key_value_heads num_experts_per_tok n_group topk_group".split()
+}
 PICTURE_SIZE = 64  # of vision-language models and pairs, where the model lets it be chosen
 SMALL_VISION = dict(image_size=PICTURE_SIZE, patch_size=16)
 PLACEHOLDER = WORDS - 1  # the id that stands for a picture's tokens
@@ -238,6 +246,8 @@ def transformers_case(name: str) -> Case:
     try:
         model_class = getattr(transformers, class_name)
         config = small_config(transformers.CONFIG_MAPPING[model_type], kind in ("vision-language", "pair"))
+        if kind == "decoder" and not isinstance(config, getattr(model_class, "config_class", None) or type(config)):
+            config = config.get_text_config()
         with torch.device("meta"):
             size = sum(p.numel() for p in model_class(config).parameters())
     except Exception as error:
@@ -263,23 +273,38 @@ def small_config(config_class: type, pictures: bool) -> Any:
     for name, value in vars(default).items():
         if hasattr(value, "to_dict") and not isinstance(value, type):
             changes[name] = small_config(type(value), pictures)
-        elif name in SMALL and (value is None and name.endswith("token_id") or is_number(value)):
+        elif name in SMALL and (is_number(value) or value is None and name in NEEDED):
             changes[name] = SMALL[name]
         elif name in ("layer_types", "mlp_layer_types", "layers_block_type") and isinstance(value, list | tuple):
             changes[name] = one_of_each(value)
+        elif name == "rope_parameters" and isinstance(value, dict) and "rope_type" in value:
+            changes[name] = small_rope(value, pictures)
+        elif name == "vision_feature_layers":
+            changes[name] = [-1, -2]
         elif pictures and name in SMALL_VISION and value is not None:
             changes[name] = SMALL_VISION[name] if is_number(value) else [SMALL_VISION[name]] * 2
+        elif name == "image_grid_pinpoints" and pictures:
+            changes[name] = [[PICTURE_SIZE, PICTURE_SIZE]]
         elif re.fullmatch(r"(image|video|audio)_token_(id|index)", name):
             changes[name] = PLACEHOLDER if name.startswith("image") else PLACEHOLDER - 1 - len(name) % 5
     if "qk_rope_head_dim" in changes:
         changes.pop("head_dim", None)  # derived from it
-    try:
-        return config_class(**changes)
-    except Exception:  # one that checks what belongs together, or calls things otherwise
-        for name, value in changes.items():
-            with suppress(Exception):
-                setattr(default, name, value)
-        return default
+    without = {name: value for name, value in changes.items() if name != "num_key_value_heads"}
+    for some in (changes, without):
+        with suppress(Exception):  # one that checks what belongs together
+            return config_class(**some)
+    for name, value in without.items():  # one that calls its arguments otherwise
+        with suppress(Exception):
+            setattr(default, name, value)
+    return default
+
+
+def small_rope(rope: dict[str, Any], pictures: bool) -> dict[str, Any]:
+    """With a base, and with time, height and width sharing the rotated half of a head."""
+    half = int(SMALL["head_dim"] * rope.get("partial_rotary_factor", 1)) // 2
+    third = 3 * half // 8
+    shares = {"mrope_section": [half - 2 * third, third, third]} if pictures or "mrope_section" in rope else {}
+    return rope | {"rope_theta": rope.get("rope_theta") or 1e4} | shares
 
 
 def is_number(value: Any) -> bool:
@@ -363,19 +388,50 @@ def pictures_in_texts(model: nn.Module, config: Any) -> Made:
     flat = 3 * getattr(vision, "temporal_patch_size", 1) * patch**2
     grid = torch.tensor([[1, 2 * side, 2 * side]])
     one = pixels(config)
+    size = torch.tensor([one.shape[-2:]])
     ways: list[dict[str, Any]] = [
         {"pixel_values": torch.randn(4 * side**2, flat), "image_grid_thw": grid},
+        {"pixel_values": torch.randn(4 * side**2, 3, patch, patch), "image_grid_thw": grid},
+        {
+            "pixel_values": torch.randn(4 * side**2, flat),
+            "image_grid_thw": grid,
+            "image_merge_sizes": torch.tensor([side]),
+        },
         {"pixel_values": one},
-        {"pixel_values": one, "image_sizes": torch.tensor([one.shape[-2:]])},
+        {"pixel_values": one, "image_sizes": size},
         {"pixel_values": one[:, None]},
-        {"pixel_values": one[:, None].expand(1, 2, -1, -1, -1), "image_sizes": torch.tensor([one.shape[-2:]])},
+        {"pixel_values": one[:, None].expand(1, 2, -1, -1, -1), "image_sizes": size},
+        {
+            "pixel_values": one[:, None].expand(1, 2, -1, -1, -1),
+            "image_sizes": size,
+            "batch_num_images": torch.tensor([1]),
+        },
     ]
+    known = inspect.signature(model.forward).parameters
     for way in ways:
         for count in number_of_tokens(model, way):
             ids = torch.tensor([[1, 9, *[PLACEHOLDER] * count, 20, 21]])
-            kinds = {"token_type_ids": (ids == PLACEHOLDER).long(), "mm_token_type_ids": (ids == PLACEHOLDER).long()}
-            known = inspect.signature(model.forward).parameters
-            yield {"input_ids": ids, **way, **{name: kind for name, kind in kinds.items() if name in known}}
+            more = {
+                "token_type_ids": (ids == PLACEHOLDER).long(),
+                "mm_token_type_ids": (ids == PLACEHOLDER).long(),
+                "qformer_input_ids": ids[:, :4],
+            }
+            yield {"input_ids": ids, **way, **{name: value for name, value in more.items() if name in known}}
+    if "aspect_ratio_ids" in known:
+        ids, ones = torch.tensor([[1, 9, PLACEHOLDER, 20, 21]]), torch.ones(1, 1, dtype=torch.long)
+        tiles = getattr(vision, "max_num_tiles", 1)
+        yield {
+            "input_ids": ids,
+            "pixel_values": one[:, None, None].expand(1, 1, tiles, -1, -1, -1),
+            "aspect_ratio_ids": ones,
+            "aspect_ratio_mask": ones[..., None].expand(1, 1, tiles),
+            "cross_attention_mask": torch.ones(1, ids.shape[1], 1, tiles, dtype=torch.long),
+        }
+    yield {
+        "input_ids": torch.tensor([[1, 9, 20, 21]]),
+        "pixel_values": one[:, None],
+        "image_attention_mask": torch.ones(1, 4, 1),
+    }
     yield {"input_ids": torch.tensor([[1, 9, 20, 21]]), "pixel_values": one}
 
 

@@ -28,14 +28,15 @@ def spellings(name: str) -> list[Callable]:
 Places = tuple[tuple[int, str], ...]  # position and keyword of each argument that is added
 
 
-def places_that_add(function: Callable, args: Sequence[Any]) -> Places:
+def places_that_add(function: Callable, args: Sequence[Any], kwargs: dict[str, Any]) -> Places:
     """Where its arguments are added, what it writes into left out."""
     by_name = isinstance(function, OPERATORS)
     places = ADDED_BY_NAME.get(function.__name__, ()) if by_name else ADDED.get(function, ())
     if function in BINARY_OR_REDUCTION and len(args) > 1 and isinstance(args[1], Tensor):
         places = ((0, "input"), (1, "other"))
-    if (factors := FACTORS.get(function)) is not None and not any(is_live(args[i]) for i in factors):
-        places = (*places, (factors[0], ""))
+    first_factor = FIRST_FACTOR.get(function)
+    if first_factor is not None and not any(map(is_live, [*args[1:3], *kwargs.values()])):
+        places = (*places, (1, first_factor))
     return tuple(place for place in places if place[0] != 0) if is_in_place(function) else places
 
 
@@ -71,9 +72,13 @@ ADDED: dict[Callable, Places] = {
     function: places for name, places in ADDED_BY_NAME.items() for function in spellings(name)
 }
 ADDED |= {torch.where: ((1, "input"), (2, "other")), Tensor.where: ((0, "input"), (2, "other"))}
-# Of a product of two constants that is added, one is the stream.
-FACTORS = {
-    function: (1, 2) for name in "addmm baddbmm addbmm addmv addr addcmul".split() for function in spellings(name)
+# Of a product of two constants that is added, one is the stream: the first, an argument by this name.
+FIRST_FACTOR = {
+    function: argument
+    for name, argument in dict(
+        addmm="mat1", baddbmm="batch1", addbmm="batch1", addmv="mat", addr="vec1", addcmul="tensor1"
+    ).items()
+    for function in spellings(name)
 }
 # max and min of two tensors; of one and a dimension they are reductions
 BINARY_OR_REDUCTION = {torch.max, torch.min, Tensor.max, Tensor.min}

@@ -73,7 +73,7 @@ class observed(TorchFunctionMode):
             result = REWRITTEN[function](function, live, args, kwargs)
         else:
             adds_zero = False
-            for position, keyword in places_that_add(function, args):
+            for position, keyword in places_that_add(function, args, kwargs):
                 holder: Any = args if position < len(args) else kwargs
                 place = position if holder is args else keyword
                 if holder is args or place in kwargs:
