@@ -61,6 +61,8 @@ def find_streams(model: nn.Module, inputs: Inputs, blocks: Iterable[str | nn.Mod
 def named_blocks(model: nn.Module, blocks: Iterable[str | nn.Module] | str) -> tuple[nn.Module, ...]:
     """Modules for names: of single modules, or of one list of them."""
     modules = dict(plain(model).named_modules())
+    if not isinstance(blocks, str | nn.Module | Iterable):
+        raise ValueError(f"blocks must hold modules or their names, got a {type(blocks).__name__}; {candidates(model)}")
     named = [blocks] if isinstance(blocks, str | nn.Module) else list(blocks)
     found: list[nn.Module] = []
     for block in named:

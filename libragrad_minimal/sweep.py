@@ -128,7 +128,7 @@ def word_embeddings(model: Any) -> list[nn.Module]:
 
 def explained_number(case: Case, inputs: Inputs) -> Tensor:
     rows = chosen_rows(case.model, inputs, case.target, case.readout)
-    kept, rows = kept_rows(case.model, rows)
+    kept, rows = kept_rows(case.model, inputs, rows)
     answer = call(case.model, inputs, kept)
     target = case.target.to(answer_type(answer)) if isinstance(case.target, Tensor) else case.target
     return explained(case.model, answer, target, case.readout, rows, inputs.samples)
@@ -199,15 +199,12 @@ def misplaced(case: Case) -> str:
 
 
 def is_refusal(error: Exception) -> bool:
-    """Did this package refuse, in a sentence of its own?"""
+    """Did this package refuse, in a sentence of its own? Not if it says that the model itself fails: it ran before."""
     place = error.__traceback__
     while place is not None and place.tb_next is not None:
         place = place.tb_next
-    ours = place is not None and Path(place.tb_frame.f_code.co_filename).parent in OURS
-    return ours and isinstance(error, ValueError | UnsupportedOperation | ArithmeticError)
-
-
-OURS = (Path(__file__).parent, Path(__file__).parent / "engine")
+    ours = place is not None and Path(place.tb_frame.f_code.co_filename).is_relative_to(Path(__file__).parent)
+    return ours and error.__cause__ is None and isinstance(error, ValueError | UnsupportedOperation | ArithmeticError)
 
 
 def told(error: Exception) -> str:
