@@ -17,7 +17,7 @@ import time
 import warnings
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
@@ -108,22 +108,29 @@ def incompleteness(case: Case) -> tuple[Tensor, float]:
     with removed(hooks), observed():
         output = explained_number(case, inputs)
     first = output[0]
+    used = torch.autograd.grad(first, leaves, retain_graph=True, allow_unused=True)
+    leaves = [leaf for leaf, gradient in zip(leaves, used, strict=True) if gradient is not None]
     constants = additive_constants(first, leaves)
     total = torch.zeros((), dtype=torch.float64)
     gradients = libra_grad(first, [*leaves, *constants], allow_unused=True)
     for tensor, gradient in zip([*leaves, *constants], gradients, strict=True):
         if gradient is not None:
             total += (tensor.detach().double() * gradient.double()).sum()
-    return output.detach(), float((total - first.double()).abs() / first.double().abs().clamp(min=1e-12))
+    whole = first.detach().double()
+    return output.detach(), float((total - whole).abs() / whole.abs().clamp(min=1e-12))
 
 
 def word_embeddings(model: Any) -> list[nn.Module]:
-    """The module that embeds token ids, as the model says; else every embedding."""
+    """The modules that embed token ids with the weight that the model names; else every embedding."""
     try:
-        return [model.get_input_embeddings()]
+        named = model.get_input_embeddings()
     except (AttributeError, NotImplementedError):
         named = getattr(model, "token_embedding", None)
-        return [named] if named is not None else [m for m in model.modules() if isinstance(m, nn.Embedding)]
+    if named is None:
+        return [module for module in model.modules() if isinstance(module, nn.Embedding)]
+    weight = getattr(named, "weight", None)
+    tied = [m for m in model.modules() if isinstance(m, nn.Embedding) and m.weight is weight and m is not named]
+    return [named, *tied]
 
 
 def explained_number(case: Case, inputs: Inputs) -> Tensor:
@@ -170,6 +177,7 @@ def misplaced(case: Case) -> str:
     be the next one, where patches overlap."""
     inputs = Inputs(case.inputs, about_picture=explains_picture_for_texts(case.model))
     streams = find_streams(case.model, inputs)
+    inputs = replace(inputs, about_picture=inputs.about_picture or streams.of_picture)
     name, start = inputs.picture, first_tokens(case.model, inputs, streams.blocks)
     layout = layout_of(case.model, inputs, streams.blocks, start)
     if name is None or layout.grid is None or layout.place is None or layout.picture is not None:
@@ -179,8 +187,7 @@ def misplaced(case: Case) -> str:
         return ""
     rows, columns = layout.grid
     height, width = picture.shape[-2:]
-    before, faults = layout.pick(layout.axes.arrange(start).norm(dim=-1)), []
-    del before
+    faults = []
     generator = torch.Generator().manual_seed(1)
     cells = [(0, columns - 1), (rows - 1, 0), (rows // 2, columns // 2), (rows // 3, 0), (0, columns // 3)]
     for row, column in cells[:CORNER_CELLS]:
@@ -384,15 +391,12 @@ def read(path: Path) -> list[dict[str, str]]:
 
 def summary(rows: Iterable[dict[str, str]]) -> str:
     """How many of each kind: complete, refused, raw exceptions and wrong ones, of the models that could be made."""
-    rows = [row for row in rows if row["attribute"]]
-    lines = [
-        f"{'kind':18}{'models':>7}{'engine complete':>17}{'attribute complete':>20}{'refused':>9}{'raw':>5}{'wrong':>7}"
-    ]
-    for kind in [*sorted({row["kind"] for row in rows}), "all"]:
-        some = [row for row in rows if kind in (row["kind"], "all")]
-        of_engine, verdict = (Counter(row[column].split(",")[0] for row in some) for column in ("engine", "attribute"))
-        lines.append(
-            f"{kind:18}{len(some):7}{of_engine[COMPLETE]:17}{verdict[COMPLETE]:11} ({verdict[COMPLETE] / max(len(some), 1):4.0%})"
-            f"{verdict[REFUSED]:11}{verdict[RAW]:5}{verdict[WRONG]:7}"
-        )
+    made = [row for row in rows if row["attribute"]]
+    lines = [" " * 18 + "models  engine complete  attribute complete  refused  incomplete  raw  wrong"]
+    for kind in [*sorted({row["kind"] for row in made}), "all"]:
+        some = [row for row in made if kind in (row["kind"], "all")]
+        engine, verdict = (Counter(row[column] for row in some) for column in ("engine", "attribute"))
+        share = f"{verdict[COMPLETE]} ({verdict[COMPLETE] / max(len(some), 1):.0%})"
+        others = f"{verdict[REFUSED]:9}{verdict[INCOMPLETE]:12}{verdict[RAW]:5}{verdict[WRONG]:7}"
+        lines.append(f"{kind:18}{len(some):6}{engine[COMPLETE]:17}{share:>20}{others}")
     return "\n".join(lines)

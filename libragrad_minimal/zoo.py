@@ -26,6 +26,7 @@ CHANNELS_ALONE = re.compile(
 )
 MIXING = re.compile(r"mixer|mixing|poolformer|glu|gated|gating|mamba|recurrent|sequencer|^resmlp", re.I)
 MOST_PARAMETERS = 250e6
+NOTHING_MIXED = "has no attention, mixer or gated MLP: it isn't asked for"
 
 
 class NotBuilt(Exception):
@@ -92,6 +93,8 @@ def asked(kind: str, model: nn.Module, inputs: Tensor | dict[str, Any]) -> Case:
         if answer is None:
             raise NotBuilt("answers with neither logits nor an embedding")
         target = torch.randn(answer.shape[1 if answer.dim() == 4 else -1])
+        if vector is None and answer.dim() == 2:
+            return Case(kind, model, inputs, lambda answer: answer.last_hidden_state[:, 1])
     if answer.dim() == 1:
         return Case(kind, model, inputs, None)
     if answer.dim() == 2 or answer.dim() == 3 and generates(model):
@@ -150,6 +153,8 @@ def timm_case(name: str) -> Case:
         raise NotBuilt(f"has {min(sizes) / 1e6:.0f} million parameters")
     model = perturbed(made(**shapes[sizes.index(min(sizes))]))
     kind = kind_of(model)
+    if kind == "convolutions":
+        raise NotBuilt(NOTHING_MIXED)
     pixels = torch.randn(1, *model.default_cfg["input_size"])
     return asked(kind, model, pixels)
 
@@ -245,7 +250,7 @@ def transformers_case(name: str) -> Case:
     kind, model_type, class_name = transformers_heads()[name]
     try:
         model_class = getattr(transformers, class_name)
-        config = small_config(transformers.CONFIG_MAPPING[model_type], kind in ("vision-language", "pair"))
+        config = small_config(transformers.CONFIG_MAPPING[model_type], kind in ("vision-language", "pair", "video"))
         if kind == "decoder" and not isinstance(config, getattr(model_class, "config_class", None) or type(config)):
             config = config.get_text_config()
         with torch.device("meta"):
@@ -279,6 +284,8 @@ def small_config(config_class: type, pictures: bool) -> Any:
             changes[name] = one_of_each(value)
         elif name == "rope_parameters" and isinstance(value, dict) and "rope_type" in value:
             changes[name] = small_rope(value, pictures)
+        elif name == "num_heads" and isinstance(value, list | tuple) and hasattr(default, "embed_dim"):
+            changes[name] = [NUMBER_OF_HEADS] * len(value)
         elif name == "vision_feature_layers":
             changes[name] = [-1, -2]
         elif pictures and name in SMALL_VISION and value is not None:
@@ -389,8 +396,10 @@ def pictures_in_texts(model: nn.Module, config: Any) -> Made:
     grid = torch.tensor([[1, 2 * side, 2 * side]])
     one = pixels(config)
     size = torch.tensor([one.shape[-2:]])
+    flat_patches = torch.randn(4 * side**2, flat)
+    tiles_of_one = {"pixel_values": one[:, None].expand(1, 2, -1, -1, -1), "image_sizes": size}
     ways: list[dict[str, Any]] = [
-        {"pixel_values": torch.randn(4 * side**2, flat), "image_grid_thw": grid},
+        {"pixel_values": flat_patches, "image_grid_thw": grid},
         {"pixel_values": torch.randn(4 * side**2, 3, patch, patch), "image_grid_thw": grid},
         {
             "pixel_values": torch.randn(4 * side**2, flat),
@@ -400,12 +409,8 @@ def pictures_in_texts(model: nn.Module, config: Any) -> Made:
         {"pixel_values": one},
         {"pixel_values": one, "image_sizes": size},
         {"pixel_values": one[:, None]},
-        {"pixel_values": one[:, None].expand(1, 2, -1, -1, -1), "image_sizes": size},
-        {
-            "pixel_values": one[:, None].expand(1, 2, -1, -1, -1),
-            "image_sizes": size,
-            "batch_num_images": torch.tensor([1]),
-        },
+        tiles_of_one,
+        tiles_of_one | {"batch_num_images": torch.tensor([1])},
     ]
     known = inspect.signature(model.forward).parameters
     for way in ways:
