@@ -21,6 +21,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from libragrad_minimal import attribute, libra_grad
 
 SMALL = dict(hidden_size=256, intermediate_size=704, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2)
+SMALL |= dict(max_position_embeddings=131_072)
 TINY = SMALL | dict(vocab_size=100, hidden_size=64)
 CASES = {
     "ViT-B/16, batch 8": lambda device: vit(device, 8),
