@@ -142,7 +142,7 @@ def parser() -> argparse.ArgumentParser:
     swept.add_argument("library", choices=LIBRARIES)
     swept.add_argument("--pattern", default="*", help="of names, such as 'vit_*', 'decoder *' or '* text'")
     swept.add_argument(
-        "--smallest", type=int, metavar="N", help="only the N smallest models of every file of timm; default: all"
+        "--few", type=int, metavar="N", help="only N models of every file of timm, small by their names; default: all"
     )
     swept.add_argument("--processes", type=int, default=1, help="models at a time (default: %(default)s)")
     swept.add_argument("--seconds", type=float, default=300, help="that a model may take (default: %(default)s)")
@@ -227,7 +227,7 @@ def sweep_command(args: argparse.Namespace) -> int:
     path = path / f"sweep_{args.library}.csv" if path.is_dir() else path
     if not path.parent.is_dir():
         raise ValueError(f"the folder {path.parent} doesn't exist: make it first")
-    names = registered(args.library, args.pattern, args.smallest)
+    names = registered(args.library, args.pattern, args.few)
     if not names:
         raise ValueError(f"{args.library} has no model that matches {args.pattern!r}")
     sweep(args.library, names, path, args.processes, Bounds(args.seconds, args.gigabytes))

@@ -26,7 +26,8 @@ BASE = 4  # neighbours of a row, which overlapping patches look at too, have oth
 SURE = 0.8  # share of tokens that must spell a digit right; in a wrong grid it is a quarter
 SURE_OF_SPACE = 0.4  # where the tensor itself has rows and columns, so that only their order is in question
 SHIFTS = (0.0, 0.5, 0.25)  # by how much of a cell; the last where those at the border look at half a cell only
-DRAWS = 4  # changes of each sort, where every single token has to be right
+DRAWS, MORE_DRAWS = 4, 16  # changes of each sort, where every single token has to be right
+NEARLY = 0.9  # share of cells that a token names, so that more draws may find the others
 SURE_IF_MIXED = 0.5  # behind a whole tower, whose attention has mixed the patches
 
 
@@ -276,10 +277,12 @@ def picture_layout(model: nn.Module, inputs: Inputs, tokens: Tensor, ask: Callab
     spatial = spatial_dimensions(pixels)
     extent = tuple(pixels.shape[dim] for dim in spatial)
     generator = torch.Generator().manual_seed(0)
-    noises = [(pixels.std() + 0.1) * torch.randn(pixels.shape, generator=generator).to(pixels) for _ in range(DRAWS)]
+    noises: list[Tensor] = []
 
     def felt(axes: Axes, mask: Tensor, draws: int = 1) -> Tensor:
         shape = [pixels.shape[dim] if dim in spatial else 1 for dim in range(pixels.dim())]
+        while len(noises) < draws:
+            noises.append((pixels.std() + 0.1) * torch.randn(pixels.shape, generator=generator).to(pixels))
         full = mask.expand(extent).reshape(shape).to(pixels.device)
         changed = (axes.arrange(ask(inputs.replaced(name, pixels + noise * full))) for noise in noises[:draws])
         return torch.stack([size(tokens - base[axes]) ** 2 for tokens in changed]).sum(0)
@@ -310,9 +313,13 @@ def picture_layout(model: nn.Module, inputs: Inputs, tokens: Tensor, ask: Callab
                 return Layout(axes, where[0] if (where == where[0]).all() else where, grid.cells)
     exact = [guess for guess in guesses if guess[2].is_exact(extent) and guess[2].cells != guess[0].sizes(tokens)]
     for axes, where, grid in exact[:9]:  # any other order
-        codes = spelled_numbers(grid, extent, where, partial(felt, axes, draws=DRAWS))
-        if all(sorted(row) == list(range(len(row))) for row in codes.tolist()):
-            return Layout(axes, where.gather(1, codes.argsort(1)), grid.cells)
+        for draws in (DRAWS, MORE_DRAWS):
+            codes = spelled_numbers(grid, extent, where, partial(felt, axes, draws=draws))
+            named = min(len(set(row)) for row in codes.tolist()) / codes.shape[1]
+            if named == 1:
+                return Layout(axes, where.gather(1, codes.argsort(1)), grid.cells)
+            if named < NEARLY:
+                break
     raise ValueError(
         f"the tokens that enter the first block of {name_of(model)}, {tuple(tokens.shape)}, don't lie on the picture "
         f"of {' x '.join(map(str, extent))} in rows and columns, as changing parts of it shows; explain "

@@ -25,6 +25,10 @@ CHANNELS_ALONE = re.compile(
     r"selectivekernel|squeeze|effnet_?attn|nonlocal|^(se|eca|cbam|split|channel|spatial)\w*att", re.I
 )
 MIXING = re.compile(r"mixer|mixing|poolformer|glu|gated|gating|mamba|recurrent|sequencer|^resmlp", re.I)
+SMALL_BY_NAME = re.compile(r"nano|tiny|atto|femto|pico|xxs|xs|small|050|035|micro|_s(_|\d|$)|_t(_|\d|i_|$)|_m?0|_9_")
+LARGE = re.compile(
+    r"giant|huge|large|enormous|gigantic|so\d+m|_7b|_[123]b|base|medium|_x?l(_|$)|_x?b(_|$)|\d{3}m|384|512"
+)
 MOST_PARAMETERS = 250e6
 NOTHING_MIXED = "has no attention, mixer or gated MLP: it isn't asked for"
 
@@ -44,10 +48,10 @@ class Case:
     readout: Any = None
 
 
-def registered(library: str, pattern: str = "*", smallest: int | None = None) -> list[str]:
-    """Names of models; smallest: only so many of every file of the library, those with the fewest parameters."""
+def registered(library: str, pattern: str = "*", few: int | None = None) -> list[str]:
+    """Names of models; few: only so many of every file of timm, those that are small by their names."""
     if library == "timm":
-        names = timm_names(pattern, smallest)
+        names = timm_names(pattern, few)
     elif library == "transformers":
         names = [name for name in transformers_heads() if fnmatch.fnmatch(name, pattern)]
     else:
@@ -105,33 +109,21 @@ def asked(kind: str, model: nn.Module, inputs: Tensor | dict[str, Any]) -> Case:
 # ---- timm ------------------------------------------------------------------------------------------------------------
 
 
-def timm_names(pattern: str, smallest: int | None) -> list[str]:
+def timm_names(pattern: str, few: int | None) -> list[str]:
     import timm
     from timm.models._registry import _model_to_module
 
     names = timm.list_models(pattern)
-    if smallest is None:
+    if few is None:
         return names
-    files: dict[str, list[tuple[float, str]]] = {}
+    files: dict[str, list[str]] = {}
     for name in names:
-        if not re.search(
-            r"giant|huge|large|enormous|gigantic|so400m|so150m|_7b|_[123]b|base|medium|_xl|_[hgl]\d", name
-        ):
-            files.setdefault(_model_to_module[name], []).append((timm_parameters(name), name))
-    for name in names:  # a file that has large ones only
-        if _model_to_module[name] not in files:
-            files[_model_to_module[name]] = [(0, name)]
-    return [name for models in files.values() for _, name in sorted(models)[:smallest]]
+        files.setdefault(_model_to_module[name], []).append(name)
 
+    def order(name: str) -> tuple[bool, bool, str]:
+        return bool(LARGE.search(name)), not SMALL_BY_NAME.search(name), name
 
-def timm_parameters(name: str) -> float:
-    import timm
-
-    try:
-        with torch.device("meta"):
-            return sum(p.numel() for p in timm.create_model(name).parameters())
-    except Exception:  # some can't be made without data; whatever it is, building the model will tell
-        return torch.inf
+    return [name for file in files.values() for name in sorted(file, key=order)[:few]]
 
 
 def timm_case(name: str) -> Case:

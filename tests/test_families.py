@@ -43,6 +43,11 @@ NOT_A_NUMBER[0, 0, 0, 0] = torch.nan
         (picture_model, PICTURES[:0], dict(target=1), "the input is empty"),
         (picture_model, NOT_A_NUMBER, dict(target=1), "the input holds NaN or infinity in 1 places"),
         (picture_model, PICTURES.numpy(), dict(target=1), "inputs are a ndarray: give a tensor"),
+        (picture_model, PICTURES[:, :1], dict(target=1), "VisionTransformer itself doesn't run.*3 channels"),
+        (picture_model, PICTURES.double(), dict(target=1), "itself doesn't run.*double"),
+        (picture_model, PICTURES, dict(target=1, blocks=3), "got a int.*its lists of modules are"),
+        (lambda: torch.sigmoid, PICTURES, dict(target=1), "the model is a builtin.*torch.nn.Module itself"),
+        (text_model, -IDS, dict(target=1), "itself doesn't run.*index out of range"),
         (text_model, IDS[0], dict(target=1), r"\(B, T\), got \(9,\).*ids\[None\]"),
         (text_model, "once upon a time", dict(target=1), "inputs are a str"),
         (text_model, {"input_ids": IDS.tolist()}, dict(target=1), "no tensor.*return_tensors='pt'"),
@@ -55,6 +60,13 @@ NOT_A_NUMBER[0, 0, 0, 0] = torch.nan
 def test_slips(build, inputs, options, message):
     with pytest.raises(ValueError, match=message):
         attribute(build(), inputs, **options)
+
+
+def test_what_an_encoder_decoder_lacks_is_named():
+    config = transformers.T5Config(vocab_size=50, d_model=16, d_kv=4, d_ff=32, num_layers=1, num_heads=2)
+    model = transformers.T5ForConditionalGeneration(config).eval()
+    with pytest.raises(ValueError, match="it is given no decoder_input_ids"):
+        attribute(model, torch.randint(50, (1, 4)), 3)
 
 
 def test_inference_mode_and_training_mode():

@@ -95,6 +95,40 @@ def test_patches_without_a_place_are_refused(seed, masked, message):
         attribute(perturbed(Shuffling(seed, masked)), PICTURES, 1)
 
 
+class Reordering(nn.Module):
+    """Hiera's stem: patches that overlap and reach over the border, in an order that isn't row by row."""
+
+    def __init__(self):
+        super().__init__()
+        self.patch, self.head = nn.Conv2d(3, 24, 7, stride=4, padding=3), nn.Linear(24, 5)
+        self.blocks = nn.ModuleList(nn.TransformerEncoderLayer(24, 2, 32, batch_first=True) for _ in range(2))
+        self.order = torch.randperm(64, generator=torch.Generator().manual_seed(0))
+
+    def forward(self, pictures):
+        h = self.patch(pictures).flatten(2).mT[:, self.order]
+        for block in self.blocks:
+            h = block(h)
+        return self.head(h.mean(1))
+
+
+def attribute_by_token(model):
+    """Input x gradient of each token, in the model's own order."""
+    tokens = model.patch(PICTURES).flatten(2).mT[:, model.order].detach().requires_grad_()
+    h = tokens
+    for block in model.blocks:
+        h = block(h)
+    (gradient,) = libra_grad(model.head(h.mean(1))[:, 1].sum(), tokens)
+    return (tokens * gradient).sum(-1).detach()
+
+
+def test_order_of_overlapping_patches_is_read():
+    model = perturbed(Reordering())
+    result = attribute(model, PICTURES, 1, "IxG")
+    assert result.grid == (8, 8)
+    in_order = torch.zeros(2, 64).scatter(1, model.order.expand(2, -1), attribute_by_token(model))
+    torch.testing.assert_close(result.scores, in_order)
+
+
 class ChannelsFirst(nn.Module):
     """Three channels, as many as rows; convolutional blocks in a pyramid of two stages."""
 

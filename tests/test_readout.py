@@ -138,6 +138,10 @@ def test_answers_of_other_shapes(wrapped):
         (masked_language_model, dict(target=3, readout=9), "row 9, and the text has 9 tokens"),
         (masked_language_model, dict(target=3, readout=torch.zeros(9, dtype=torch.bool)), "mask of readout is empty"),
         (masked_language_model, dict(target=3, readout=torch.ones(8, dtype=torch.bool)), "9 places, and the mask is"),
+        (masked_language_model, dict(target=3, readout="cls"), "unknown readout 'cls'.*readout='last'"),
+        (masked_language_model, dict(target=3, readout=2.5), "holds no row's number.*2.5"),
+        (masked_language_model, dict(target=3, readout={"row": 2}), "readout is a dict"),
+        (masked_language_model, dict(target=3, readout=[2, 3, 4]), r"one for each of 2 samples; got shape \(3,\)"),
         (
             masked_language_model,
             dict(target=lambda answer: answer[:, 0]),
@@ -148,6 +152,17 @@ def test_answers_of_other_shapes(wrapped):
 def test_unclear_readouts_are_refused(build, options, message):
     with pytest.raises(ValueError, match=message):
         attribute(build(), IDS, **options)
+
+
+def test_one_class_needs_no_target():
+    model = perturbed(transformers.BertForSequenceClassification(transformers.BertConfig(**TEXT, num_labels=1)))
+    assert torch.equal(attribute(model, IDS, None).scores, attribute(model, IDS, 0).scores)
+
+
+def test_labels_among_the_inputs():
+    model = perturbed(transformers.LlamaForCausalLM(transformers.LlamaConfig(**TEXT)))
+    with_labels = attribute(model, {"input_ids": IDS, "labels": IDS}, 3)
+    torch.testing.assert_close(with_labels.scores, attribute(model, IDS, 3).scores)
 
 
 def test_a_tower_without_a_vector_asks_for_a_function():

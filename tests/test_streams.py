@@ -267,3 +267,47 @@ def test_blocks_that_change_their_tokens_in_place():
 def test_a_model_without_blocks_is_told_of_libra_grad():
     with pytest.raises(ValueError, match="no list of blocks.*libra_grad"):
         attribute(nn.Linear(2, 2).eval(), torch.randn(1, 2), 0)
+
+
+def test_as_many_texts_as_pictures():
+    """SigLIP's answer is the transpose of (texts, pictures), to which a bias is added: where are the samples there?"""
+
+    class Pair(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.blocks = nn.ModuleList(nn.TransformerEncoderLayer(8, 2, 8, batch_first=True) for _ in range(2))
+            self.texts, self.bias = nn.Parameter(torch.randn(3, 8)), nn.Parameter(torch.ones(1))
+
+        def forward(self, pictures):
+            for block in self.blocks:
+                pictures = block(pictures)
+            return (self.texts @ pictures.mean(1).T + self.bias).T
+
+    model, pictures = Pair().eval(), torch.randn(3, 5, 8)
+    result = attribute(model, pictures, 1)
+    assert (result.completeness_error < 1e-5).all()
+
+
+def test_recurrent_layers_show_their_gates():
+    """Fused ones, as they run by default, hide them."""
+
+    class Block(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.rnn, self.mix = nn.LSTM(8, 4, batch_first=True, bidirectional=True), nn.Linear(8, 8)
+
+        def forward(self, x):
+            return x + self.mix(self.rnn(x)[0])
+
+    class Recurrent(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.blocks, self.head = nn.ModuleList([Block(), Block()]), nn.Linear(8, 5)
+
+        def forward(self, x):
+            for block in self.blocks:
+                x = block(x)
+            return self.head(x.mean(1))
+
+    result = attribute(Recurrent().eval(), torch.randn(2, 5, 8), 1)
+    assert (result.completeness_error < 1e-5).all()
