@@ -143,7 +143,7 @@ def timm_case(name: str) -> Case:
     sizes = [size(**shape) for shape in shapes]
     if min(sizes) > MOST_PARAMETERS and sizes[0] is not torch.inf:
         raise NotBuilt(f"has {min(sizes) / 1e6:.0f} million parameters")
-    model = perturbed(made(**shapes[sizes.index(min(sizes))]))
+    model: Any = perturbed(made(**shapes[sizes.index(min(sizes))]))
     kind = kind_of(model)
     if kind == "convolutions":
         raise NotBuilt(NOTHING_MIXED)
