@@ -109,8 +109,10 @@ def incompleteness(case: Case) -> tuple[Tensor, float]:
     with removed(hooks), observed():
         output = explained_number(case, inputs)
     first = output[0]
-    used = torch.autograd.grad(first, leaves, retain_graph=True, allow_unused=True)
+    used = torch.autograd.grad(first, leaves, retain_graph=True, allow_unused=True) if leaves else ()
     leaves = [leaf for leaf, gradient in zip(leaves, used, strict=True) if gradient is not None]
+    if not leaves:
+        raise ValueError("nothing that the model is given reaches its answer")
     constants = additive_constants(first, leaves)
     total = torch.zeros((), dtype=torch.float64)
     gradients = libra_grad(first, [*leaves, *constants], allow_unused=True)
