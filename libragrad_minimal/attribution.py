@@ -24,7 +24,7 @@ from .added_constants import ConstantShare
 from .engine import LIBRA, Rules
 from .families import Inputs, check_inputs, explains_picture_for_texts
 from .layout import coarsening
-from .readout import check_target
+from .readout import check_readout, check_target
 from .recording import (
     BETWEEN,
     CONSTANTS,
@@ -125,6 +125,7 @@ def attribute_many(
         check_method(name, options)
     check_inputs(model, inputs)
     check_target(target)
+    check_readout(readout)
     asked = Inputs(inputs, about_picture=explains_picture_for_texts(model))
     request = Request(model, asked, target, rules, blocks, readout, everything_read(methods))
     run = record(request)

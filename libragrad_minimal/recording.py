@@ -352,19 +352,29 @@ def record(
     model, inputs, reads = request.model, request.inputs, request.reads
     streams = find_streams(model, inputs, request.blocks)
     rows = chosen_rows(model, inputs, request.target, request.readout)
-    kept, rows = kept_rows(model, rows)
+    kept, rows = kept_rows(model, inputs, rows)
     passed = Passed(request, streams, start, apart, copies)
     # the math kernel is the one whose softmax shows in the graph
     kernel = sdpa_kernel(SDPBackend.MATH) if MAPS in reads else contextlib.nullcontext()
     residuals = request.rules.residual or BETWEEN in reads
     eager = torch.compiler.set_stance("force_eager")
-    with removed(passed.hooks()), torch.no_grad(), eager, kernel, observed(residuals=residuals):
+    with removed(passed.hooks()), torch.no_grad(), eager, kernel, unfused(model), observed(residuals=residuals):
         answer = call(model, inputs, kept)
         with torch.enable_grad():
             output = explained(model, answer, *repeated(request, rows, apart), inputs.samples * (apart or 1))
     if not copies and passed.changed_in_place():
         return record(request, start, apart, copies=True)
     return passed.finished(output)
+
+
+@contextlib.contextmanager
+def unfused(model: nn.Module) -> Iterator[None]:
+    """Inside, recurrent layers run step by step: fused ones hide their gates."""
+    if not any(isinstance(module, nn.RNNBase) for module in model.modules()):
+        yield
+        return
+    with torch.backends.mkldnn.flags(enabled=False), torch.backends.cudnn.flags(enabled=False):
+        yield
 
 
 @dataclass
@@ -474,18 +484,16 @@ class Passed:
 
 
 def layout_at(request: Request, inputs: Inputs, streams: Streams, tokens: Tensor) -> Layout:
-    """The layout of the first tokens. Where a user named blocks that come late, behind which patches have mixed, it is
-    that of the first block of all, if its tokens are as many."""
-    try:
-        return layout_of(request.model, inputs, streams.blocks, tokens)
-    except ValueError:
-        if request.blocks is None:
-            raise
-        earlier = find_streams(request.model, inputs).blocks
-        first = first_tokens(request.model, inputs, earlier)
-        if first.shape != tokens.shape:
-            raise
-        return layout_of(request.model, inputs, earlier, first)
+    """The layout of the first tokens. Where a user named blocks that come late in the stream, behind which patches have
+    mixed, it is that of the stream's first block, if its tokens are as many."""
+    if request.blocks is not None:
+        with contextlib.suppress(ValueError):
+            earlier = find_streams(request.model, inputs).blocks
+            if set(streams.blocks) <= set(earlier):
+                first = first_tokens(request.model, inputs, earlier)
+                if first.shape == tokens.shape:
+                    return layout_of(request.model, inputs, earlier, first)
+    return layout_of(request.model, inputs, streams.blocks, tokens)
 
 
 def argument(block: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Tensor:
