@@ -233,8 +233,9 @@ class Recording:
         first = None
         for node in topological([end], stop={get_gradient_edge(self.stream[layer]).node}):
             operands = noted(node, OPERANDS)
-            if operands is not None and any(operand.data_ptr() == h.data_ptr() for operand in operands):
-                first = None if node is end else operands[0] + operands[1]
+            if operands is not None and any(one.tensor.data_ptr() == h.data_ptr() for one in operands):
+                kept = all(one.unchanged for one in operands) and node is not end
+                first = operands[0].tensor + operands[1].tensor if kept else None
                 break
         return None if first is None else self.axes[layer].arrange(first)
 
