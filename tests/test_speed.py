@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 
+import attribute_cost
 import cases
 import measuring
 import peers
@@ -172,3 +173,12 @@ def test_too_little_is_refused(arguments):
     run = run_script(speed, *arguments)
     assert run.returncode == 2
     assert "--pairs must be at least 2, --repeat at least 1" in run.stderr
+
+
+def test_cost_of_attribute_runs():
+    run = run_script(attribute_cost, "--quick", "--pairs", "2", "--threads", "1")
+    assert run.returncode == 0, run.stderr
+    assert [line.split()[0] for line in run.stdout.splitlines() if " ms" in line] == [
+        *("FullGrad+", "IxG", "LeGrad"),
+        *("FullGrad+", "IxG", "LeGrad"),
+    ]
