@@ -22,13 +22,17 @@ from transformers import (
     ViTForImageClassification,
 )
 
-from libragrad_minimal.attribution import COMPOSED_WITH_IG, METHODS, attribute, attribute_many
-from libragrad_minimal.engine import ALI_LRP, ATTN_LRP, DECOMPX, LIBRA, PLAIN
+from libragrad_minimal import Against, Probability
+from libragrad_minimal.attribution import attribute, attribute_many
+from libragrad_minimal.engine import ALI_LRP, ATTN_LRP, CP_LRP, DECOMPX, LIBRA, PLAIN
 from libragrad_minimal.families import Inputs
-from libragrad_minimal.recording import MAPS, Request, record
+from libragrad_minimal.methods import AVERAGED, METHODS, reads_of
+from libragrad_minimal.recording import FIRST, LAYERS, MAP_GRADIENTS, MAPS, Request, record
+from libragrad_minimal.scores import Scores, reads
 
 RESIDUAL = replace(LIBRA, residual=True)
 FEW_STEPS = {name: {"steps": 3} for name in METHODS if name.startswith("IG")}
+FEW_STEPS |= {name: {"samples": 3} for name in METHODS if name.startswith("SmoothGrad")}
 
 
 def perturbed(model: nn.Module) -> nn.Module:
@@ -101,15 +105,18 @@ MODELS = {
     "gpt2": (tiny_gpt2, IDS, 7, None),
 }
 WITHOUT_MAPS = {"swin": "windows", "mixer": "no attention maps"}
-NEEDS_MAPS = {"AttCAT", "GenAtt", "TokenTM", "RawAtt", "Attention Rollout", "Gradient Attention Rollout", "LeGrad"}
-NEEDS_MAPS |= {f"IG {name}" for name in NEEDS_MAPS} & METHODS.keys()
+NEEDS_MAPS = {name for name in METHODS if MAPS in reads_of(name)}
+ALONE = [name for name in METHODS if not name.startswith(("IG ", "SmoothGrad "))]
 
 
 # ---- every method on every kind of model -----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", MODELS)
-@pytest.mark.parametrize("method", METHODS)
+EVERY = [(method, kind) for kind in MODELS for method in ALONE]
+EVERY += [(method, kind) for kind in ("registers", "llama") for method in METHODS if method not in ALONE]
+
+
+@pytest.mark.parametrize("method, kind", EVERY)
 def test_batches_equal_single_calls(kind, method):
     build, inputs, target, grid = MODELS[kind]
     model, options = build(), FEW_STEPS.get(method, {})
@@ -168,7 +175,7 @@ def test_padding_gets_exactly_nothing(method):
     mask = torch.tensor([[0, 0, 1, 1, 1, 1], [1, 1, 1, 1, 1, 1]])
     padded = attribute(model, {"input_ids": IDS, "attention_mask": mask}, 7, method, **options)
     assert (padded.scores[0, :2] == 0).all()
-    if method not in ("Random", "SmoothGrad"):  # whose noise knows nothing of padding
+    if method != "Random" and not method.startswith("SmoothGrad"):  # whose noise knows nothing of padding
         alone = attribute(model, IDS[:1, 2:], 7, method, **options)
         torch.testing.assert_close(padded.scores[0, 2:], alone.scores[0], rtol=1e-3, atol=1e-5)
 
@@ -195,7 +202,7 @@ def test_inputs_by_keyword():
 
 
 def test_a_new_method_is_one_function_and_one_line(monkeypatch):
-    monkeypatch.setitem(METHODS, "length", lambda run, power=1: run.tokens[0].norm(dim=-1) ** power)
+    monkeypatch.setitem(METHODS, "length", lambda run, power=1: Scores(run.tokens[0].norm(dim=-1) ** power))
     model = tiny_vit()
     lengths = attribute(model, PICTURES, 3, "length", power=2)
     tokens = model._pos_embed(model.patch_embed(PICTURES))[:, 1:]
@@ -347,6 +354,10 @@ def positive(n):
     return [np.maximum(a * d, 0).mean(0) for a, d in zip(n["A"], n["dA"], strict=True)]
 
 
+def positive_mean(n):
+    return [np.maximum((a * d).mean(0), 0) for a, d in zip(n["A"], n["dA"], strict=True)]
+
+
 def numpy_genatt(n):
     r = np.eye(3)
     for product in positive(n):
@@ -367,9 +378,17 @@ def numpy_tokentm(n):
     return c[0]
 
 
-def numpy_xgradcam(n):
-    layers = list(zip(n["h"][:2], n["g"][:2], strict=True))
-    return sum((h * (h * g).sum(0) / np.abs(h).sum(0)).sum(-1) for h, g in layers)
+def numpy_cam(n, layers, weight):
+    """weight(h, g) of one channel of one layer, numbers for each token."""
+    result = np.zeros(3)
+    for layer in layers:
+        for h, g in zip(n["h"][layer].T, n["g"][layer].T, strict=True):
+            result += weight(h, g) * h
+    return result
+
+
+def numpy_gradcam_plus_plus(h, g):
+    return sum(d**2 / (2 * d**2 + d**3 * h.sum()) * max(d, 0) for d in g)
 
 
 IN_NUMPY = {  # the hand-made model adds no constants
@@ -377,12 +396,16 @@ IN_NUMPY = {  # the hand-made model adds no constants
     "FullGrad": lambda n: (n["h"][0] * n["g"][0]).sum(-1),
     "FullGrad+": lambda n: sum((n["h"][i] * n["g"][i]).sum(-1) for i in range(2)) / 2,  # a mean, where not of pictures
     "HiResCAM": lambda n: (n["h"][1] * n["g"][1]).sum(-1),
-    "GradCAM+": lambda n: sum((n["h"][i] * n["g"][i].mean(0)).sum(-1) for i in range(2)),
-    "XGradCAM+": numpy_xgradcam,
+    "SkipPLUS": lambda n: (n["h"][1] * n["g"][1]).sum(-1),
+    "GradCAM": lambda n: numpy_cam(n, [1], lambda h, g: g.mean()),
+    "XGradCAM": lambda n: numpy_cam(n, [1], lambda h, g: g @ h / h.sum()),
+    "GradCAM++": lambda n: numpy_cam(n, [1], numpy_gradcam_plus_plus),
+    "GradCAM+": lambda n: numpy_cam(n, [0, 1], lambda h, g: g.mean()),
+    "XGradCAM+": lambda n: numpy_cam(n, [0, 1], lambda h, g: g @ np.abs(h) / np.abs(h).sum()),
     "AttCAT": lambda n: sum(n["A"][i].mean((0, 1)) * (n["h"][i + 1] * n["g"][i + 1]).sum(-1) for i in range(2)),
     "GenAtt": numpy_genatt,
     "TokenTM": numpy_tokentm,
-    "Gradient Attention Rollout": lambda n: numpy_rollout(positive(n)),
+    "Gradient Attention Rollout": lambda n: numpy_rollout(positive_mean(n)),
 }
 
 
@@ -392,7 +415,7 @@ def test_methods_of_gradients(three_tokens, method):
     np.testing.assert_allclose(ours(model, x, method), IN_NUMPY[method](n), rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("method", COMPOSED_WITH_IG)
+@pytest.mark.parametrize("method", AVERAGED)
 def test_methods_combined_with_integrated_gradients(three_tokens, method):
     """The same formulas, with gradients averaged in NumPy over models run on 1/8, 3/8, 5/8 and 7/8 of the input."""
     model, x, n = three_tokens
@@ -400,26 +423,30 @@ def test_methods_combined_with_integrated_gradients(three_tokens, method):
     averaged = {name: [np.mean(parts, 0) for parts in zip(*(p[name] for p in path), strict=True)] for name in n}
     expected = IN_NUMPY[method](n | {"g": averaged["g"], "dA": averaged["dA"]})
     assert np.abs(expected - IN_NUMPY[method](n)).max() > 1e-3, "a check that can't fail is no check"
-    np.testing.assert_allclose(ours(model, x, f"IG {method}", steps=4), expected, rtol=1e-4, atol=1e-5)
+    scale = np.abs(expected).max()
+    np.testing.assert_allclose(ours(model, x, f"IG {method}", steps=4) / scale, expected / scale, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("discard", [0.5, 0.9])
 def test_gradient_rollout_discards(three_tokens, discard):
     model, x, n = three_tokens
     got = ours(model, x, "Gradient Attention Rollout", discard_ratio=discard)
-    np.testing.assert_allclose(got, numpy_rollout(positive(n), discard), rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(got, numpy_rollout(positive_mean(n), discard), rtol=1e-5, atol=1e-6)
 
 
-def test_legrad(three_tokens):
+@pytest.mark.parametrize("method, pool", [("LeGrad", lambda h: h.mean(1)), ("LeGrad class token", lambda h: h[:, 0])])
+@pytest.mark.parametrize("layers", [(0, 1), (0,), (-1,)])
+def test_legrad(three_tokens, method, pool, layers):
     model, x, _ = three_tokens
     expected = 0
-    for layer, block in enumerate(model.blocks):
+    for layer in layers:
         h = x
-        for earlier in model.blocks[: layer + 1]:
+        for earlier in model.blocks[: layer % 2 + 1]:
             h = earlier(h)
-        (gradient,) = torch.autograd.grad((h[:, 0] @ model.head)[0, 2], block.map)
+        (gradient,) = torch.autograd.grad((pool(h) @ model.head)[0, 2], model.blocks[layer].map)
         expected = expected + gradient[0].relu().mean((0, 1)).numpy()
-    np.testing.assert_allclose(ours(model, x, "LeGrad"), expected, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(ours(model, x, method, layers=layers), expected, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(ours(model, x, method, layers=layers), expected, rtol=1e-5, atol=1e-6)
 
 
 def test_mean_row_where_no_token_is_the_readout(three_tokens):
@@ -442,14 +469,14 @@ def script(model, x, defect, state=None):
     gradients += found[::-1] if defect == "order" else found
     result = np.eye(3)
     for a, d in zip(maps, gradients, strict=True):
-        a = (np.maximum(a * d, 0).mean(0) + np.eye(3)) / 2
+        a = (np.maximum((a * d).mean(0), 0) + np.eye(3)) / 2
         a = a / (a.sum(-1) if defect == "keepdim" else a.sum(-1, keepdims=True))
         result = a @ result
     return result[0]
 
 
 def check_order(rollout, model, x, n):
-    np.testing.assert_allclose(rollout(model, x), numpy_rollout(positive(n)), rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(rollout(model, x), numpy_rollout(positive_mean(n)), rtol=1e-5, atol=1e-6)
 
 
 def check_state(rollout, model, x, n):
@@ -534,7 +561,7 @@ def test_libra_on_llama_equals_the_rules_written_as_detachments():
     torch.testing.assert_close(result.scores, expected.detach(), rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("rules", [ATTN_LRP, ALI_LRP, DECOMPX, LIBRA.without("norm"), RESIDUAL])
+@pytest.mark.parametrize("rules", [ATTN_LRP, ALI_LRP, CP_LRP, DECOMPX, LIBRA.without("norm"), RESIDUAL])
 def test_every_rule_set_says_something_of_its_own(rules):
     model = tiny_llama()
     scores = attribute(model, IDS, 7, "IxG", rules).scores
@@ -591,10 +618,11 @@ def test_many_methods_on_one_recording_equal_one_by_one():
 def test_methods_combined_with_integrated_gradients_share_its_forward_passes():
     model, passes = tiny_vit(), []
     model.register_forward_hook(lambda *_: passes.append(1))
-    methods = {"IG": {"steps": 4}} | {f"IG {name}": {"steps": 4} for name in COMPOSED_WITH_IG}
-    together = attribute_many(model, PICTURES, 3, methods)
+    methods = {"IG": {"steps": 4}} | {f"IG {name}": {"steps": 4} for name in AVERAGED}
+    together = attribute_many(model, PICTURES, 3, methods, PLAIN)
     assert len(passes) == 1 + 4 + 1, "one to record, four along the path, one at its beginning"
     for name, options in methods.items():
-        torch.testing.assert_close(together[name].scores, attribute(model, PICTURES, 3, name, **options).scores)
-    again = attribute_many(model, PICTURES, 3, {"IG": {"steps": 4}, "IG GenAtt": {"steps": 7}})
-    torch.testing.assert_close(again["IG GenAtt"].scores, attribute(model, PICTURES, 3, "IG GenAtt", steps=7).scores)
+        torch.testing.assert_close(together[name].scores, attribute(model, PICTURES, 3, name, PLAIN, **options).scores)
+    again = attribute_many(model, PICTURES, 3, {"IG": {"steps": 4}, "IG GenAtt": {"steps": 7}}, PLAIN)
+    alone = attribute(model, PICTURES, 3, "IG GenAtt", PLAIN, steps=7)
+    torch.testing.assert_close(again["IG GenAtt"].scores, alone.scores)

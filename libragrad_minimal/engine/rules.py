@@ -18,6 +18,8 @@ class Rules:
                 (theorem 5).
     norm:       the denominator of a normalisation or division is constant (theorem 5, corollary 2).
     product:    each factor of a product of two streams gets half the gradient; x**k gets 1/k of it (theorem 4, Euler).
+                "hold" holds a factor constant that is an activation's result, as in SwiGLU's up * silu(gate), so that
+                the other gets all of it; products without one are halved (CP-LRP).
     residual:   share a residual addition's relevance by sign agreement (ResLRP, Berend et al. 2026); the forward pass
                 must have run inside `observed(residuals=True)`.
 
@@ -27,7 +29,7 @@ class Rules:
     attention: bool | Literal["halve"] = True
     activation: bool = True
     norm: bool = True
-    product: bool = True
+    product: bool | Literal["hold"] = True
     residual: bool = False
 
     def without(self, *names: str) -> Rules:
@@ -37,13 +39,18 @@ class Rules:
             raise ValueError(f"no rule is called {sorted(unknown)}; there are {sorted(known)}")
         return replace(self, **dict.fromkeys(names, False))
 
-    def switch(self, rule: Rule) -> bool | Literal["halve"]:
-        """Whether, and for attention how, the repair of this name is done."""
+    def switch(self, rule: Rule) -> bool | Literal["halve", "hold"]:
+        """Whether, and for attention and products how, the repair of this name is done."""
         return getattr(self, rule)
 
 
 LIBRA = Rules()
 PLAIN = Rules(attention=False, activation=False, norm=False, product=False)
 ATTN_LRP = Rules(attention="halve")  # Achtibat et al. 2024
-ALI_LRP = Rules(activation=False, product=False)  # Ali et al. 2022, conservative propagation
-DECOMPX = Rules(product=False)  # DecompX-like: Libra without the product rule
+ALI_LRP = Rules(activation=False, product=False)  # Ali et al. 2022; not conservative where two streams are multiplied
+CP_LRP = Rules(product="hold")  # conservative propagation as Achtibat et al. 2024 have it, gates of SwiGLU constant
+# DecompX (Modarressi et al. 2023): Libra without the product rule. The original propagates a vector for each token
+# through the layers; they are linear once their gates are constant, so that a vector's share of a logit is <h, gradient>
+# under these rules (a test propagates them by hand): N passes for what one backward pass gives. What is left out is its
+# spreading of biases over tokens; here each counts by itself.
+DECOMPX = Rules(product=False)
