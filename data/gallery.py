@@ -25,8 +25,9 @@ from sklearn.metrics import average_precision_score
 from torch import Tensor
 from tqdm import trange
 
-from libragrad_minimal import ATTN_LRP, LIBRA, PLAIN
-from libragrad_minimal.attribution import COMPOSED_WITH_IG, attribute_many
+from libragrad_minimal import ALI_LRP, ATTN_LRP, CP_LRP, DECOMPX, LIBRA, METHODS, PLAIN
+from libragrad_minimal.attribution import attribute_many
+from libragrad_minimal.methods import uses_gradients
 from libragrad_minimal.metrics import (
     deletion,
     grid_pointing_game,
@@ -44,28 +45,16 @@ from libragrad_minimal.scenes import CLASSES, COLOURS, draw_scene
 FOLDER = Path(__file__).parent
 VIT_TINY = "vit_tiny_patch16_224.augreg_in21k_ft_in1k"
 
-WITHOUT_GRADIENTS = {"RawAtt": {}, "Attention Rollout": {}, "Random": {}}
-WITH_GRADIENTS = {
-    "IxG": {},
-    "FullGrad": {},
-    "FullGrad+": {},
-    "HiResCAM": {},
-    "GradCAM+": {},
-    "XGradCAM+": {},
-    "AttCAT": {},
-    "GenAtt": {},
-    "TokenTM": {},
-    "Gradient Attention Rollout": {},
-    "LeGrad": {},
-    "SmoothGrad": {},
-    "IG": {},
-    **{f"IG {method}": {} for method in COMPOSED_WITH_IG},
-}
-FEW = {"IxG": {}, "FullGrad+": {}}
-RUNS = {  # rules -> which methods, with their options
-    "plain": (PLAIN, WITH_GRADIENTS | WITHOUT_GRADIENTS),
+MEASURED = [method for method in METHODS if not method.startswith("SmoothGrad ")]  # those take an hour more
+WITH_GRADIENTS = [method for method in MEASURED if uses_gradients(method)]
+FEW = ["IxG", "FullGrad", "FullGrad+"]
+RUNS = {  # rules -> which methods
+    "plain": (PLAIN, MEASURED),
     "Libra": (LIBRA, WITH_GRADIENTS),
     "AttnLRP": (ATTN_LRP, FEW),
+    "AliLRP": (ALI_LRP, FEW),
+    "CP-LRP": (CP_LRP, FEW),
+    "DecompX": (DECOMPX, FEW),
     "residual-aware Libra": (replace(LIBRA, residual=True), FEW),
 }
 FUSIONS = ("mean", "max", "min")

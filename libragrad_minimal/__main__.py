@@ -233,8 +233,8 @@ def attribute_phrases(
     loaded: LoadedModel, pixels: Tensor, prompts: list[str], method: str, rules: str | None
 ) -> Attribution:
     result = attribute_prompts(loaded, pixels[None], prompts, method, chosen(rules), progress=sys.stderr.isatty())
-    first = (part[0] for part in (result.scores, result.output, result.completeness_error))
-    return replace(result, **dict(zip(("scores", "output", "completeness_error"), first, strict=True)))
+    scores, output, error = (part[0] for part in (result.scores, result.output, result.completeness_error))
+    return replace(result, scores=scores, output=output, completeness_error=error)
 
 
 def chosen(rules: str | None) -> Rules | None:

@@ -117,7 +117,7 @@ def attribute_many(
     names_by_rules: dict[Rules, list[str]] = {}
     for name in methods:
         names_by_rules.setdefault(default_rules(name) if rules is None else rules, []).append(name)
-    results = {}
+    results: dict[str, Attribution] = {}
     for chosen, names in names_by_rules.items():
         reads = frozenset().union(*map(reads_of, names))
         run = record(Request(model, asked, target, chosen, blocks, readout, start, reads))

@@ -1,4 +1,4 @@
-"""Methods whose gradients are means over many inputs: Integrated Gradients, SmoothGrad, and others run on such means."""
+"""Methods whose gradients are means over many inputs: Integrated Gradients, SmoothGrad, and others on such means."""
 
 from __future__ import annotations
 
@@ -90,7 +90,8 @@ def with_mean(run: Recording, name: tuple, changes: Sequence[Callable[[Tensor], 
         raise ValueError("gradients are averaged over at least one step or sample, got 0")
     if name not in run.averages:
         bar = tqdm(changes, "gradients", disable=None, leave=False)
-        run.averages[name] = scaled(reduce(added, (run.rerun(changed=change).gradients for change in bar)), len(changes))
+        total = reduce(added, (run.rerun(changed=change).gradients for change in bar))
+        run.averages[name] = scaled(total, len(changes))
     other = copy(run)
     other.gradients = run.averages[name]
     return other

@@ -433,7 +433,7 @@ def standing_in(blocks: Sequence[nn.Module], results: Sequence[Any]) -> Iterator
     before = {block: vars(block).get("forward") for block in blocks}
     try:
         for block in before:
-            block.forward = stand_in  # type: ignore[method-assign]
+            block.forward = stand_in
         yield
     finally:
         for block, own in before.items():
@@ -462,11 +462,12 @@ class Passed:
     def hooks(self) -> list[Any]:
         blocks = set(self.streams.blocks)
         others = set(self.streams.second) - blocks
+        start = [] if self.start is None else [self.start]
         return [
             *(block.register_forward_pre_hook(self.enter, with_kwargs=True) for block in blocks),
             *(block.register_forward_hook(self.leave, with_kwargs=True) for block in blocks),
             *(block.register_forward_pre_hook(self.enter_second, with_kwargs=True) for block in others),
-            *(module.register_forward_pre_hook(self.enter_start, with_kwargs=True) for module in [self.start] if module),
+            *(module.register_forward_pre_hook(self.enter_start, with_kwargs=True) for module in start),
         ]
 
     def begin(self, h: Tensor) -> Tensor:

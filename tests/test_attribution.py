@@ -22,13 +22,13 @@ from transformers import (
     ViTForImageClassification,
 )
 
-from libragrad_minimal import Against, Probability
+from libragrad_minimal import Against, Probability, libra_grad
 from libragrad_minimal.attribution import attribute, attribute_many
 from libragrad_minimal.engine import ALI_LRP, ATTN_LRP, CP_LRP, DECOMPX, LIBRA, PLAIN
 from libragrad_minimal.families import Inputs
 from libragrad_minimal.methods import AVERAGED, METHODS, reads_of
-from libragrad_minimal.recording import FIRST, LAYERS, MAP_GRADIENTS, MAPS, Request, record
-from libragrad_minimal.scores import Scores, reads
+from libragrad_minimal.recording import MAPS, Request, record
+from libragrad_minimal.scores import Scores
 
 RESIDUAL = replace(LIBRA, residual=True)
 FEW_STEPS = {name: {"steps": 3} for name in METHODS if name.startswith("IG")}
@@ -388,7 +388,7 @@ def numpy_cam(n, layers, weight):
 
 
 def numpy_gradcam_plus_plus(h, g):
-    return sum(d**2 / (2 * d**2 + d**3 * h.sum()) * max(d, 0) for d in g)
+    return sum(d**2 / (2 * d**2 + d**3 * h.sum()) * d for d in g.astype(float) if d > 0)
 
 
 IN_NUMPY = {  # the hand-made model adds no constants
@@ -453,6 +453,221 @@ def test_mean_row_where_no_token_is_the_readout(three_tokens):
     model, x, n = three_tokens
     model.forward = lambda x: model.blocks[1](model.blocks[0](x)).mean(1) @ model.head
     np.testing.assert_allclose(ours(model, x, "RawAtt"), n["A"][-1].mean(0).mean(0), rtol=1e-5)
+
+
+# ---- definitions, checked by hand ------------------------------------------------------------------------------------
+
+
+class Sum(nn.Module):
+    """Blocks that change nothing, and the sum of all tokens as the only logit: g is 1 everywhere."""
+
+    def __init__(self):
+        super().__init__()
+        self.blocks = nn.ModuleList([nn.Identity(), nn.Identity()])
+
+    def forward(self, x):
+        return self.blocks[1](self.blocks[0](x)).sum((1, 2))[:, None]
+
+
+@pytest.mark.parametrize("method, layers", [("XGradCAM+", 2), ("GradCAM+", 2), ("XGradCAM", 1), ("GradCAM", 1)])
+def test_a_negative_channel_speaks_against(method, layers):
+    """h = -1 and g = +1 everywhere: each of four channels has weight +1 and gives -1."""
+    result = attribute(Sum().eval(), -torch.ones(1, 3, 4), 0, method, blocks="blocks")
+    torch.testing.assert_close(result.scores, torch.full((1, 3), -4.0 * layers))
+
+
+def test_xgradcam_plus_equals_fu_et_al_where_a_channel_keeps_its_sign():
+    model = Sum().eval()
+    x = torch.tensor([[[1.0, -2], [3, -1], [2, -5]]])
+    plus = attribute(model, x, 0, "XGradCAM+", blocks="blocks", layers=[-1])
+    torch.testing.assert_close(plus.scores, attribute(model, x, 0, "XGradCAM", blocks="blocks").scores)
+
+
+def test_saliency_is_the_largest_derivative():
+    model = Sum().eval()
+    model.forward = lambda x: (model.blocks[1](model.blocks[0](x)) * torch.tensor([1.0, -3, 2])).sum((1, 2))[:, None]
+    torch.testing.assert_close(
+        attribute(model, torch.randn(1, 2, 3), 0, "Saliency", blocks="blocks").scores, torch.full((1, 2), 3.0)
+    )
+
+
+def one_block():
+    model = HandMadeModel().eval()
+    model.blocks = model.blocks[:1]
+    return model, torch.randn(1, 3, 4)
+
+
+@pytest.mark.parametrize("method", ["GenAtt", "Gradient Attention Rollout", "TokenTM"])
+def test_attnlrp_leaves_the_gradient_of_the_last_map_whole(method):
+    """Between the only block's map and the logit lie linear layers and a ReLU, which no rule changes."""
+    model, x = one_block()
+    plain, halved = (attribute(model, x, 2, method, rules, blocks="blocks") for rules in (PLAIN, ATTN_LRP))
+    torch.testing.assert_close(halved.scores, plain.scores)
+
+
+def test_gradient_rollout_clamps_after_the_mean_over_heads():
+    """Where one head speaks for and another as strongly against, nothing is left."""
+    model, x = one_block()
+    with torch.no_grad():
+        for weight in (model.blocks[0].query, model.blocks[0].key, model.blocks[0].value):
+            weight[1] = weight[0]
+        model.blocks[0].out[1] = -model.blocks[0].out[0]
+    scores = attribute(model, x, 2, "Gradient Attention Rollout", blocks="blocks").scores
+    torch.testing.assert_close(scores, torch.tensor([[1.0, 0, 0]]), atol=1e-6, rtol=0)
+
+
+def test_a_class_token_that_is_not_read_has_no_weight():
+    model = tiny_vit(global_pool="avg")
+    (last,) = record(Request(model, Inputs(PICTURES), 3, reads=frozenset({MAPS}))).attention[-1:]
+    expected = last.mean(1)[:, 1:].mean(1)[:, 1:]  # rows and columns of the patches
+    torch.testing.assert_close(attribute(model, PICTURES, 3, "RawAtt").scores, expected)
+
+
+def test_legrad_runs_every_block_once():
+    model, passes = tiny_vit(), []
+    for block in model.blocks:
+        block.mlp.register_forward_hook(lambda *_: passes.append("forward"))
+        block.attn.qkv.register_full_backward_hook(lambda *_: passes.append("backward"))
+    attribute(model, PICTURES, 3, "IxG")  # the layout is asked for once
+    passes.clear()
+    attribute(model, PICTURES, 3, "LeGrad")
+    assert passes.count("forward") == 3 and passes.count("backward") <= 3
+    assert not any("forward" in vars(module) for module in model.modules())
+
+
+def test_legrad_of_a_pair_of_towers_and_padded_text():
+    """The mean token leaves padding out, and classes of each sample's own are read."""
+    model = tiny_llama()
+    mask = torch.tensor([[0, 0, 1, 1, 1, 1], [1, 1, 1, 1, 1, 1]])
+    both = attribute(model, {"input_ids": IDS, "attention_mask": mask}, torch.tensor([7, 9]), "LeGrad").scores
+    alone = attribute(model, IDS[:1, 2:], 7, "LeGrad").scores
+    torch.testing.assert_close(both[0, 2:], alone[0], rtol=1e-4, atol=1e-6)
+
+
+# ---- what attributions add up to -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("rules", [PLAIN, LIBRA, ALI_LRP, ATTN_LRP, DECOMPX])
+def test_the_error_is_stated_for_every_rule_set(rules):
+    """As a sum by autograd on the tokens: the class token's score isn't shown, and counts."""
+    model = tiny_vit()
+    h0 = model._pos_embed(model.patch_embed(PICTURES)).detach().requires_grad_()
+    output = from_tokens(model, h0)
+    (gradient,) = libra_grad(output, h0, rules)
+    result = attribute(model, PICTURES, 3, "IxG", rules)
+    expected = (output - (h0 * gradient).sum((1, 2))).abs().detach()
+    torch.testing.assert_close(result.completeness_error, expected, rtol=1e-4, atol=1e-5)
+    assert not result.promises_completeness and (expected > 1e-3).all()
+    full = attribute(model, PICTURES, 3, "FullGrad", rules)
+    assert full.promises_completeness == (rules == LIBRA) and full.rules == rules
+    assert ((full.completeness_error < 1e-5) == (rules in (LIBRA, DECOMPX))).all()  # a ViT multiplies no two streams
+
+
+def test_methods_without_a_sum_state_no_error():
+    results = attribute_many(tiny_vit(), PICTURES, 3, ["GradCAM+", "GenAtt", "Saliency"])
+    assert all(result.completeness_error.isnan().all() for result in results.values())
+
+
+@pytest.mark.parametrize("kind", ["vit", "llama", "gpt2"])
+def test_fullgrad_plus_as_sum_and_as_mean(kind):
+    build, inputs, target, grid = MODELS[kind]
+    model, blocks = build(), MODELS[kind][0]().eval()
+    count = len(record(Request(blocks, Inputs(inputs), target)).left)
+    for rules in (PLAIN, LIBRA):
+        ask = partial(attribute, model, inputs, target, rules=rules)
+        each = [ask("FullGrad", layer=layer) for layer in range(count)]
+        later = [ask("HiResCAM", layer=layer).scores for layer in range(1, count)]
+        total, mean = ask("FullGrad+", reduce="sum"), ask("FullGrad+", reduce="mean")
+        torch.testing.assert_close(total.scores, each[0].scores + sum(later))
+        torch.testing.assert_close(mean.scores, torch.stack([one.scores for one in each]).mean(0))
+        torch.testing.assert_close(total.completeness_error, each[0].completeness_error)
+        default = ask("FullGrad+")
+        torch.testing.assert_close(default.scores, total.scores if grid else mean.scores)
+        torch.testing.assert_close(ask("FullGrad+", layers=[-1]).scores, each[-1].scores)
+        upper = range(count // 2, count)
+        torch.testing.assert_close(ask("SkipPLUS").scores, ask("FullGrad+", layers=upper).scores)
+        if grid is None and rules == LIBRA:
+            assert (mean.completeness_error < 1e-5).all() and mean.promises_completeness
+
+
+@pytest.mark.parametrize("method", ["GradCAM+", "XGradCAM+", "AttCAT", "LeGrad"])
+def test_sums_over_some_layers_add_up(method):
+    model = tiny_vit()
+    whole = attribute(model, PICTURES, 3, method).scores
+    parts = [attribute(model, PICTURES, 3, method, layers=layers).scores for layers in ([0, -1], [1])]
+    torch.testing.assert_close(sum(parts), whole, rtol=1e-4, atol=1e-6)
+    with pytest.raises(ValueError, match="layers is empty"):
+        attribute(model, PICTURES, 3, method, layers=[])
+
+
+def test_integrated_gradients_run_plain_unless_told_otherwise():
+    model = tiny_vit()
+    default = attribute(model, PICTURES, 3, "IG", steps=4)
+    assert default.rules == PLAIN
+    torch.testing.assert_close(default.scores, attribute(model, PICTURES, 3, "IG", PLAIN, steps=4).scores)
+    with pytest.warns(UserWarning, match="no function's gradients"):
+        balanced = attribute(model, PICTURES, 3, "IG", LIBRA, steps=4)
+    assert (balanced.scores - default.scores).abs().max() > 1e-3
+    many = attribute_many(model, PICTURES, 3, {"IG": {"steps": 4}, "IxG": {}})
+    assert many["IxG"].rules == LIBRA and list(many) == ["IG", "IxG"]
+    torch.testing.assert_close(many["IG"].scores, default.scores)
+
+
+# ---- targets beside a logit ------------------------------------------------------------------------------------------
+
+
+def test_probability_has_its_own_gradient_under_every_rule_set():
+    model = tiny_vit()
+    h0 = model._pos_embed(model.patch_embed(PICTURES)).detach().requires_grad_()
+    p = model.forward_head(model.norm(model.blocks(h0))).softmax(-1)
+    (gradient,) = torch.autograd.grad(p[:, 3].sum(), h0)
+    plain = attribute(model, PICTURES, Probability(3), "IxG", PLAIN)
+    torch.testing.assert_close(plain.output, p[:, 3].detach())
+    torch.testing.assert_close(plain.scores, (h0 * gradient).sum(-1)[:, 1:].detach(), rtol=1e-4, atol=1e-6)
+    weights = p[:, 3:4] * (F.one_hot(torch.tensor(3), 5) - p)
+    libra = attribute(model, PICTURES, Probability(3))
+    torch.testing.assert_close(libra.scores, attribute(model, PICTURES, weights.detach()).scores, rtol=1e-4, atol=1e-6)
+    assert (libra.completeness_error < 1e-5).all()
+    captums = captum.attr.IntegratedGradients(
+        lambda h: model.forward_head(model.norm(model.blocks(h))).softmax(-1)[:, 3]
+    )
+    expected = captums.attribute(h0, n_steps=20, method="riemann_middle").sum(-1)[:, 1:].float()
+    ours = attribute(model, PICTURES, Probability(3), "IG", steps=20)
+    torch.testing.assert_close(ours.scores, expected.detach(), rtol=1e-4, atol=1e-5)
+
+
+def test_against_the_strongest_others():
+    model = tiny_vit()
+    logits = model(PICTURES).detach()
+    expected = torch.stack([z[3] - np.mean(sorted(z[[0, 1, 2, 4]].tolist())[-2:]) for z in logits])
+    result = attribute(model, PICTURES, Against(torch.tensor([3, 3]), others=2))
+    torch.testing.assert_close(result.output, expected.float())
+    assert (result.completeness_error < 1e-5).all()
+    with pytest.raises(ValueError, match=r"1\.\.4"):
+        attribute(model, PICTURES, Against(3, others=5))
+    text = attribute(tiny_llama(), IDS, Against(7, others=3))
+    assert (text.completeness_error < 1e-5).all()
+
+
+# ---- where the tokens begin ------------------------------------------------------------------------------------------
+
+
+def test_tokens_before_the_first_norm_of_clip():
+    model, text = tiny_clip(), F.normalize(torch.arange(16.0), dim=0)
+    before = []
+    with model.visual.ln_pre.register_forward_pre_hook(lambda module, args: before.append(args[0].detach())):
+        model.encode_image(PICTURES)
+    h = before[0].requires_grad_()
+    with model.visual.ln_pre.register_forward_pre_hook(lambda module, args: (h,)):
+        output = F.normalize(model.encode_image(PICTURES), dim=-1) @ text
+    (gradient,) = torch.autograd.grad(output.sum(), h)
+    result = attribute(model, PICTURES, text, "IxG", PLAIN, start="visual.ln_pre")
+    torch.testing.assert_close(result.scores, (h * gradient).sum(-1)[:, 1:].detach(), rtol=1e-4, atol=1e-5)
+    assert (attribute(model, PICTURES, text, start="visual.ln_pre").completeness_error < 1e-5).all()
+    for method in ("TokenTM", "LeGrad", "AttCAT"):
+        assert attribute(model, PICTURES, text, method, start="visual.ln_pre").scores.isfinite().all()
+    with pytest.raises(ValueError, match="doesn't run before the first block"):
+        attribute(model, PICTURES, text, "IxG", start="visual.ln_post")
 
 
 # ---- the four defects of the well-known gradient rollout script ------------------------------------------------------
@@ -522,8 +737,9 @@ def test_fused_attention_is_seen_too():
 # ---- rules re-derived ------------------------------------------------------------------------------------------------
 
 
-def llama_by_hand(model, h, target):
-    """A Llama written out with the rules as detachments: RMSNorm's denominator, the gate's slope, queries and keys."""
+def llama_by_hand(model, h, target, gate_constant=False):
+    """A Llama written out with the rules as detachments: RMSNorm's denominator, the gate's slope, queries and keys.
+    gate_constant: SwiGLU's gate gets no gradient, and the other factor all of it."""
     config, base = model.config, model.model
     cos, sin = base.rotary_emb(h, torch.arange(h.shape[1])[None])
 
@@ -546,17 +762,23 @@ def llama_by_hand(model, h, target):
         )
         x, mlp = norm(layer.post_attention_layernorm, h), layer.mlp
         gate, up = mlp.gate_proj(x), mlp.up_proj(x)
-        product = (gate * gate.sigmoid().detach()) * up
-        h = h + mlp.down_proj(product / 2 + (product / 2).detach())
+        if gate_constant:
+            product = F.silu(gate).detach() * up
+        else:
+            product = (gate * gate.sigmoid().detach()) * up / 2
+            product = product + product.detach()
+        h = h + mlp.down_proj(product)
     return model.lm_head(norm(base.norm, h))[:, -1, target]
 
 
-def test_libra_on_llama_equals_the_rules_written_as_detachments():
+@pytest.mark.parametrize("rules, gate_constant", [(LIBRA, False), (CP_LRP, True)], ids=["Libra", "CP-LRP"])
+def test_rules_on_llama_equal_detachments_by_hand(rules, gate_constant):
     model = tiny_llama()
     h = model.model.embed_tokens(IDS).detach().requires_grad_()
-    output = llama_by_hand(model, h, 7)
+    output = llama_by_hand(model, h, 7, gate_constant)
     expected = (h * torch.autograd.grad(output.sum(), h)[0]).sum(-1)
-    result = attribute(model, IDS, 7, "IxG")
+    result = attribute(model, IDS, 7, "IxG", rules)
+    assert result.promises_completeness and (result.completeness_error < 1e-5).all()
     torch.testing.assert_close(result.output, output.detach(), rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(result.scores, expected.detach(), rtol=1e-4, atol=1e-5)
 
@@ -567,6 +789,36 @@ def test_every_rule_set_says_something_of_its_own(rules):
     scores = attribute(model, IDS, 7, "IxG", rules).scores
     for other in (PLAIN, LIBRA):
         assert (scores - attribute(model, IDS, 7, "IxG", other).scores).abs().max() > 1e-4 * scores.abs().max()
+
+
+def test_decompx_is_the_propagation_of_a_vector_for_each_token():
+    """DecompX forwards: every token's own part of the stream goes through layers whose gates are constant."""
+    model = tiny_vit()
+    h = model._pos_embed(model.patch_embed(PICTURES[:1])).detach()[0]
+    parts = torch.diag_embed(torch.ones(len(h)))[..., None] * h  # (token it comes from, token it lies at, channels)
+
+    def norm(layer, x, parts):
+        scale = layer.weight / (x.var(-1, unbiased=False, keepdim=True) + layer.eps).sqrt()
+        return layer(x), (parts - parts.mean(-1, keepdim=True)) * scale
+
+    for block in model.blocks:
+        x, p = norm(block.norm1, h, parts)
+        heads, size = block.attn.num_heads, h.shape[1] // block.attn.num_heads
+        q, k, v = block.attn.qkv(x).unflatten(-1, (3, heads, size)).permute(1, 2, 0, 3)
+        values = (p @ block.attn.qkv.weight.T).unflatten(-1, (3, heads, size))[:, :, 2]
+        maps = (q @ k.mT / size**0.5).softmax(-1)
+        attended = torch.einsum("hqk,skhc->sqhc", maps, values).flatten(-2)
+        h = h + block.attn.proj((maps @ v).transpose(0, 1).flatten(-2))
+        parts = parts + attended @ block.attn.proj.weight.T
+        x, p = norm(block.norm2, h, parts)
+        hidden = block.mlp.fc1(x)
+        slope = F.gelu(hidden) / hidden
+        h = h + block.mlp.fc2(F.gelu(hidden))
+        parts = parts + (slope * (p @ block.mlp.fc1.weight.T)) @ block.mlp.fc2.weight.T
+    _, parts = norm(model.norm, h, parts)
+    expected = (parts[:, 0] @ model.head.weight.T)[1:, 3]
+    result = attribute(model, PICTURES[:1], 3, "IxG", DECOMPX)
+    torch.testing.assert_close(result.scores[0], expected.detach(), rtol=1e-3, atol=1e-5)
 
 
 # ---- one clear error -------------------------------------------------------------------------------------------------

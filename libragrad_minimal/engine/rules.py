@@ -50,7 +50,7 @@ ATTN_LRP = Rules(attention="halve")  # Achtibat et al. 2024
 ALI_LRP = Rules(activation=False, product=False)  # Ali et al. 2022; not conservative where two streams are multiplied
 CP_LRP = Rules(product="hold")  # conservative propagation as Achtibat et al. 2024 have it, gates of SwiGLU constant
 # DecompX (Modarressi et al. 2023): Libra without the product rule. The original propagates a vector for each token
-# through the layers; they are linear once their gates are constant, so that a vector's share of a logit is <h, gradient>
-# under these rules (a test propagates them by hand): N passes for what one backward pass gives. What is left out is its
+# through layers that are linear once their gates are constant. A vector's share of a logit is therefore <h, gradient>
+# under these rules, for all tokens in one backward pass (a test propagates the vectors). Left out is the original's
 # spreading of biases over tokens; here each counts by itself.
 DECOMPX = Rules(product=False)
