@@ -3,7 +3,6 @@
 from dataclasses import replace
 from functools import partial
 
-import captum.attr
 import numpy as np
 import open_clip
 import pytest
@@ -221,47 +220,11 @@ def test_frozen_models_give_the_same():
     torch.testing.assert_close(attribute(model.requires_grad_(False), PICTURES, 3).scores, free)
 
 
-# ---- Captum ----------------------------------------------------------------------------------------------------------
+# ---- the model from its tokens on ------------------------------------------------------------------------------------
 
 
 def from_tokens(model, h0):
     return model.forward_head(model.norm(model.blocks(h0)))[:, 3]
-
-
-@pytest.fixture
-def vit_and_tokens():
-    model = tiny_vit()
-    return model, model._pos_embed(model.patch_embed(PICTURES)).detach().requires_grad_()
-
-
-def test_input_times_gradient_equals_captum(vit_and_tokens):
-    model, h0 = vit_and_tokens
-    expected = captum.attr.InputXGradient(partial(from_tokens, model)).attribute(h0).sum(-1)[:, 1:]
-    torch.testing.assert_close(attribute(model, PICTURES, 3, "IxG", PLAIN).scores, expected.detach())
-
-
-def test_integrated_gradients_equal_captum(vit_and_tokens):
-    model, h0 = vit_and_tokens
-    captums = captum.attr.IntegratedGradients(partial(from_tokens, model))
-    kwargs = dict(n_steps=50, method="riemann_middle", return_convergence_delta=True)
-    expected, delta = captums.attribute(h0, **kwargs)
-    ours = attribute(model, PICTURES, 3, "IG", PLAIN)
-    torch.testing.assert_close(ours.scores, expected.sum(-1)[:, 1:].float(), rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(ours.completeness_error, delta.abs().float(), rtol=1e-4, atol=1e-5)
-
-
-def test_smoothgrad_equals_captum(vit_and_tokens):
-    model, h0 = vit_and_tokens
-    h0 = h0[:1].detach()
-    tunnel = captum.attr.NoiseTunnel(captum.attr.Saliency(partial(from_tokens, model)))
-    extent = (h0.max() - h0.min()).item()
-    torch.manual_seed(0)
-    kwargs = dict(nt_type="smoothgrad", nt_samples=400, nt_samples_batch_size=400, stdevs=0.02 * extent, abs=False)
-    expected = (h0 * tunnel.attribute(h0.requires_grad_(), **kwargs)).sum(-1)[:, 1:]
-    ours = attribute(model, PICTURES[:1], 3, "SmoothGrad", PLAIN, samples=400, noise=0.02).scores
-    plain = attribute(model, PICTURES[:1], 3, "IxG", PLAIN).scores
-    # two Monte Carlo means of the same thing: far nearer to each other than to the gradient without noise
-    assert (ours - expected).norm() < 0.25 * (ours - plain).norm()
 
 
 # ---- NumPy, on a model made by hand with three tokens ----------------------------------------------------------------
@@ -628,12 +591,6 @@ def test_probability_has_its_own_gradient_under_every_rule_set():
     libra = attribute(model, PICTURES, Probability(3))
     torch.testing.assert_close(libra.scores, attribute(model, PICTURES, weights.detach()).scores, rtol=1e-4, atol=1e-6)
     assert (libra.completeness_error < 1e-5).all()
-    captums = captum.attr.IntegratedGradients(
-        lambda h: model.forward_head(model.norm(model.blocks(h))).softmax(-1)[:, 3]
-    )
-    expected = captums.attribute(h0, n_steps=20, method="riemann_middle").sum(-1)[:, 1:].float()
-    ours = attribute(model, PICTURES, Probability(3), "IG", steps=20)
-    torch.testing.assert_close(ours.scores, expected.detach(), rtol=1e-4, atol=1e-5)
 
 
 def test_against_the_strongest_others():
