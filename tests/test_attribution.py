@@ -498,7 +498,21 @@ def test_legrad_runs_every_block_once():
     assert not any("forward" in vars(module) for module in model.modules())
 
 
-def test_legrad_of_a_pair_of_towers_and_padded_text():
+def test_legrad_reads_the_mean_token_by_the_models_own_head():
+    model, maps = tiny_vit(), []
+    for block in model.blocks:
+        block.attn.fused_attn = False
+        block.attn.attn_drop.register_forward_pre_hook(lambda module, args: maps.append(args[0]))
+    h, expected = model._pos_embed(model.patch_embed(PICTURES)), 0
+    for block in model.blocks:
+        h = block(h)
+        answer = model.forward_head(model.norm(h.mean(1, keepdim=True)))[:, 3].sum()
+        (gradient,) = torch.autograd.grad(answer, maps[-1], retain_graph=True)
+        expected = expected + gradient.relu().mean((1, 2))[:, 1:]
+    torch.testing.assert_close(attribute(model, PICTURES, 3, "LeGrad", PLAIN).scores, expected, rtol=1e-4, atol=1e-7)
+
+
+def test_legrad_of_padded_text():
     """The mean token leaves padding out, and classes of each sample's own are read."""
     model = tiny_llama()
     mask = torch.tensor([[0, 0, 1, 1, 1, 1], [1, 1, 1, 1, 1, 1]])
