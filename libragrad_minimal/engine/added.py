@@ -176,8 +176,8 @@ def written_slice(node: Node) -> bool:
 HIDES: dict[str, Callable[[Node], bool]] = {
     **dict.fromkeys("Add Sub Rsub Cat Stack Complex Lerp".split(), any_without_graph),
     **dict.fromkeys(
-        "IndexFill IndexCopy IndexPut IndexAdd Scatter ScatterAdd SliceScatter SelectScatter MaskedScatter "
-        "Fill".split(),
+        "IndexFill IndexCopy IndexPut IndexAdd Scatter ScatterAdd ScatterReduce SliceScatter SelectScatter "
+        "MaskedScatter BlockDiag Fill".split(),
         any_without_graph,
     ),
     **dict.fromkeys("Addmm Baddbmm Addbmm Addmv Addr Addcmul".split(), added_product),

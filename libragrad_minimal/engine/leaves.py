@@ -25,6 +25,13 @@ def is_number(value: Any) -> bool:
     return isinstance(value, int | float | complex)
 
 
+def is_nothing(value: Any) -> bool:
+    """A constant that needs no leaf: the number 0, an empty tensor, or a list with such a one."""
+    if isinstance(value, list | tuple):
+        return any(is_nothing(v) for v in value)
+    return is_number(value) and value == 0 or isinstance(value, Tensor) and not value.numel()
+
+
 def first_live(values: Sequence[Any]) -> Tensor | None:
     for value in values:
         if is_live(value):

@@ -101,6 +101,11 @@ def saved(node: Node, name: str) -> Any:
             return outside.submit(getattr, node, f"_saved_{name}").result()
 
 
+def signed(number: int | None) -> Any:
+    """PyTorch saves negative numbers as unsigned ones, and a slice's omitted start as None."""
+    return number - 2**64 if number is not None and number >= 2**63 else number
+
+
 def precise(value: Any) -> Any:
     """Half precision loses ratios and sums: work in float32 at least."""
     half = isinstance(value, Tensor) and value.dtype in (torch.float16, torch.bfloat16)

@@ -24,15 +24,19 @@ from .functions import (
     ADDITIONS,
     BINARY_OR_REDUCTION,
     DROPOUTS,
+    IN_ONE_GO,
     KEPT_ARGUMENT,
     OPERATORS,
     RANDOM,
     SIGMOIDS,
+    is_written_in_python,
     packet,
     places_that_add,
+    step_by_step,
 )
-from .leaves import base_of, first_live, is_in_place, is_number, leaves, make_written_tensor_live, without_row
+from .leaves import base_of, first_live, is_in_place, is_nothing, leaves, make_written_tensor_live, without_row
 from .nodes import ARGUMENT, HALF, OPERANDS, Half, note
+from .plan import UnsupportedOperation
 from .rewritten import REWRITTEN
 
 
@@ -57,7 +61,10 @@ class observed(TorchFunctionMode):
     def __torch_function__(self, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         if function not in NOTICED and not isinstance(function, OPERATORS):
-            return function(*args, **kwargs)
+            if not is_written_in_python(function):
+                return function(*args, **kwargs)
+            with self:  # its steps, one by one
+                return step_by_step(function)(*args, **kwargs)
         check_eval_mode(function, args, kwargs)
         if function not in HANDLED and not isinstance(function, OPERATORS) or not torch.is_grad_enabled():
             return function(*args, **kwargs)
@@ -67,20 +74,24 @@ class observed(TorchFunctionMode):
         return self.with_leaves(function, live, list(args), dict(kwargs))
 
     def with_leaves(self, function: Callable, live: Tensor, args: list[Any], kwargs: dict[str, Any]) -> Any:
+        if function in IN_ONE_GO:
+            raise UnsupportedOperation(
+                f"{function.__name__} adds a constant of its own where nobody sees it: write it out, step by step"
+            )
         function = packet(function)  # torch.ops.aten.add.Scalar wants a number, its packet chooses .Tensor
         held_zeros = is_in_place(function) and make_written_tensor_live(function, args)
         if function in REWRITTEN:
             result = REWRITTEN[function](function, live, args, kwargs)
         else:
-            adds_zero = False
-            for position, keyword in places_that_add(function, args):
+            adds_nothing = False
+            for position, keyword in places_that_add(function, args, kwargs):
                 holder: Any = args if position < len(args) else kwargs
                 place = position if holder is args else keyword
                 if holder is args or place in kwargs:
-                    adds_zero |= is_number(holder[place]) and holder[place] == 0
+                    adds_nothing |= is_nothing(holder[place])
                     holder[place] = leaves(holder[place], live)
             result = self.run(function, args, kwargs)
-            if adds_zero and isinstance(result, Tensor):
+            if adds_nothing and isinstance(result, Tensor):
                 without_row(result)
         if held_zeros:
             without_row(base_of(args[0]))
@@ -137,7 +148,7 @@ def running_module() -> nn.Module | None:
     return None
 
 
-HANDLED = {*BINARY_OR_REDUCTION, *ADDED, *REWRITTEN, *KEPT_ARGUMENT, *SIGMOIDS}
+HANDLED = {*BINARY_OR_REDUCTION, *IN_ONE_GO, *ADDED, *REWRITTEN, *KEPT_ARGUMENT, *SIGMOIDS}
 NOTICED = {*HANDLED, *DROPOUTS, *RANDOM}
 
 

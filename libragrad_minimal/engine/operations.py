@@ -16,7 +16,18 @@ from torch import Tensor
 from torch.autograd.graph import Node
 
 from . import repairs
-from .nodes import HALF, full_name, function_class, is_custom, is_native, noted, operation_name, saved
+from .nodes import (
+    HALF,
+    full_name,
+    function_class,
+    is_custom,
+    is_native,
+    noted,
+    operation_name,
+    result_shape,
+    saved,
+    signed,
+)
 from .rules import Rule
 
 Gradients = tuple[Tensor | None, ...]
@@ -79,14 +90,14 @@ Add Sub Rsub Neg Sum Mean Cumsum Trace Clone Alias ToCopy Copy Contiguous View U
 AsStrided Expand Permute Transpose T Mt Movedim Unsqueeze Squeeze Slice Select Narrow Index IndexSelect Gather
 TakeAlongDim MaskedSelect Take Cat Stack Split UnsafeSplit SplitWithSizes UnsafeSplitWithSizes Unbind Chunk Repeat
 RepeatInterleave Roll Flip Rot90 Unfold Im2Col Col2Im Diagonal Tril Triu MaskedFill MaskedScatter Where
-IndexPut IndexAdd IndexCopy IndexFill Scatter ScatterAdd SliceScatter SelectScatter ConstantPadNd ReflectionPad1D
+IndexAdd IndexFill ScatterAdd SliceScatter SelectScatter ConstantPadNd ReflectionPad1D
 ReflectionPad2D ReplicationPad1D ReplicationPad2D AvgPool1D AvgPool2D AvgPool3D AdaptiveAvgPool2D AdaptiveAvgPool3D
 MkldnnAdaptiveAvgPool2D MaxPool2DWithIndices MaxPool3DWithIndices AdaptiveMaxPool2D UpsampleNearest1D
 UpsampleNearest2D UpsampleNearest3D UpsampleNearestExact1D UpsampleNearestExact2D UpsampleNearestExact3D
 UpsampleLinear1D UpsampleBilinear2D UpsampleTrilinear3D UpsampleBicubic2D UpsampleBilinear2DAa UpsampleBicubic2DAa
 DiagEmbed PixelShuffle PixelUnshuffle Embedding Abs Max Min Amax Amin Cummax
 Cummin Maximum Minimum Fmax Fmin Sort Topk Kthvalue Median NanToNum ViewAsReal ViewAsComplex Real Imag Complex Conj
-Hardshrink ResolveConj FftR2C FftC2R FftC2C Fill Zero
+BlockDiag Hardshrink ResolveConj FftR2C FftC2R FftC2C Fill Zero
 """.split()
 
 
@@ -243,6 +254,28 @@ def batch_norm(node: Node) -> Operation:
     return Operation("linear", incoming=in_layout_of_input, streams=(0, 2))
 
 
+def written_once(node: Node) -> Operation | None:
+    """Of two values written to one place one is lost, but PyTorch's derivative sends gradient to both."""
+    live_source = len(node.next_functions) > 1 and node.next_functions[1][0] is not None
+    return None if live_source and writes_twice(node) else Operation("linear")
+
+
+def writes_twice(node: Node) -> bool:
+    name, places = operation_name(node), torch.zeros(result_shape(node), dtype=torch.int32)
+    if name == "IndexPut":
+        if saved(node, "accumulate"):
+            return False
+        indices = [None if index is None else index.cpu() for index in saved(node, "indices")]
+        places = torch.ops.aten.index_put(places, indices, torch.ones((), dtype=torch.int32), True)
+    elif name == "Scatter":
+        index = saved(node, "index").cpu()
+        places.scatter_add_(signed(saved(node, "dim")), index, torch.ones_like(index, dtype=torch.int32))
+    else:
+        index = saved(node, "index").cpu()
+        return len(index.unique()) < index.numel()
+    return bool((places > 1).any())
+
+
 def written_in_place(node: Node) -> Operation | None:
     """An operation in place on a slice of its base: what it did is known by the node it wraps, in its operands' order.
 
@@ -258,6 +291,7 @@ def written_in_place(node: Node) -> Operation | None:
 OPERATIONS |= {
     **dict.fromkeys("NativeBatchNorm CudnnBatchNorm MiopenBatchNorm".split(), batch_norm),
     "CopySlices": written_in_place,
+    **dict.fromkeys(["IndexPut", "IndexCopy", "Scatter"], written_once),
     "NativeDropout": Operation("linear"),
 }
 
@@ -344,6 +378,10 @@ def register_rule(
 
 CURES = {
     "CopySlices": "an operation in place on a slice hides what it did: write it out of place",
+    **dict.fromkeys(
+        ["IndexPut", "IndexCopy", "Scatter"],
+        "one place is written twice, and PyTorch's derivative counts both values: write each place once",
+    ),
     "Elu": "in place it hides its argument: set inplace=False",
     "Celu": "in place it hides its argument: set inplace=False",
     "MkldnnRnnLayer": "a fused LSTM hides its gates: run it inside torch.backends.mkldnn.flags(enabled=False)",

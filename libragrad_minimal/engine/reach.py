@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import Node
 
-from .nodes import is_native, operand_shape, operation_name, result_shape, saved
+from .nodes import is_native, operand_shape, operation_name, result_shape, saved, signed
 
 
 class Within(NamedTuple):
@@ -92,11 +92,6 @@ def through_permutation(node: Node, name: str, reach: Within) -> Reach:
         a, b = (0, 1) if name == "T" else (signed(saved(node, d)) % rank for d in ("dim0", "dim1"))
         return reach._replace(dim={a: b, b: a}.get(reach.dim, reach.dim))
     return None
-
-
-def signed(number: int) -> int:
-    """PyTorch saves negative dimensions as unsigned numbers."""
-    return number - 2**64 if number >= 2**63 else number
 
 
 def part_of(node: Node, name: str, number: int) -> Reach:

@@ -46,7 +46,7 @@ def padded(function: Callable, live: Tensor, args: list[Any], kwargs: dict[str, 
     if call.get("mode", "constant") != "constant" or value == 0:
         return result
     leaf = leaves(value, live)  # on the border: everywhere, less the inside; no step of this saves anything
-    border = leaf.expand(result.shape) - F.pad(leaf.expand(live.shape), call["pad"], value=0)
+    border = leaf.expand(result.shape) - without_row(F.pad(leaf.expand(live.shape), call["pad"], value=0))
     return without_row(result + without_row(border - border.detach()))
 
 
@@ -63,6 +63,14 @@ def without_nan(function: Callable, live: Tensor, args: list[Any], kwargs: dict[
     return result if finite.all() else torch.where(finite, live, leaves(result.detach(), live))
 
 
+def pairwise_distance(function: Callable, live: Tensor, args: list[Any], kwargs: dict[str, Any]) -> Tensor:
+    """It adds a number of its own, eps."""
+    call = dict(zip(("x1", "x2", "p", "eps", "keepdim"), args, strict=False)) | kwargs
+    difference = leaves(call["x1"], live) - leaves(call["x2"], live)
+    shifted = difference + leaves(call.get("eps", 1e-6), live)
+    return torch.linalg.vector_norm(shifted, call.get("p", 2.0), dim=-1, keepdim=call.get("keepdim", False))
+
+
 WRITES: dict[str, tuple[tuple[str, ...], Callable[[Tensor, Arguments, Any], Any]]] = {  # parameters; how to write
     "fill_diagonal": (
         ("input", "src", "wrap"),
@@ -77,6 +85,10 @@ WRITES: dict[str, tuple[tuple[str, ...], Callable[[Tensor, Arguments, Any], Any]
         ("input", "dim", "index", "src"),
         lambda x, call, source: x.scatter_(call["dim"], call["index"], source),
     ),
+    "index_copy": (
+        ("input", "dim", "index", "source"),
+        lambda x, call, source: x.index_copy_(call["dim"], call["index"], source),
+    ),
 }
 
 
@@ -86,7 +98,7 @@ def written(function: Callable, live: Tensor, args: list[Any], kwargs: dict[str,
     in_place = is_in_place(function)
     parameters, write = WRITES[function.__name__ if function is Tensor.__setitem__ else function.__name__.rstrip("_")]
     call: Arguments = dict(zip(parameters, args, strict=False)) | kwargs
-    key = next(name for name in ("src", "values", "value", "fill_value") if name in call)
+    key = next(name for name in ("src", "values", "value", "source", "fill_value") if name in call)
     whole, source = call["input"], call[key]
     slices_only = function is Tensor.__setitem__ and not names_elements(call["index"])
     if is_live(source) or call.get("accumulate") or "reduce" in call or slices_only:
@@ -116,9 +128,11 @@ def clamped(function: Callable, live: Tensor, args: list[Any], kwargs: dict[str,
     low, high = call.get("min", call.get("min_val", low)), call.get("max", call.get("max_val", high))
     if not (excludes_zero(low, 1) or excludes_zero(high, -1)):
         return function(*args, **kwargs)
-    result = x if low is None else torch.maximum(x, as_tensor(leaves(low, live), x))
+    in_place = is_in_place(function) or call.get("inplace", False)
+    result = x.clone() if in_place else x  # what they compare is saved
+    result = result if low is None else torch.maximum(result, as_tensor(leaves(low, live), x))
     result = result if high is None else torch.minimum(result, as_tensor(leaves(high, live), x))
-    return x.copy_(result) if is_in_place(function) or call.get("inplace", False) else result
+    return x.copy_(result) if in_place else result
 
 
 def excludes_zero(bound: Any, sign: int) -> bool:
@@ -148,6 +162,8 @@ REWRITTEN: dict[Callable, Callable[..., Tensor | None]] = {
     **{function: thresholded for function in spellings("threshold")},
     torch.nan_to_num: without_nan,
     Tensor.nan_to_num: without_nan,
-    **{function: written for name in ("scatter", "index_put", "fill_diagonal") for function in spellings(name)},
+    **{function: written for name in ("scatter", "index_put", "index_copy") for function in spellings(name)},
+    **{function: written for function in spellings("fill_diagonal")},
+    **{function: pairwise_distance for function in spellings("pairwise_distance")},
     Tensor.__setitem__: written,
 }
