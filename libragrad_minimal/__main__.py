@@ -226,18 +226,18 @@ def attribute_classes(
     loaded: LoadedModel, pixels: Tensor, targets: list[int], method: str, rules: str | None, **options
 ) -> Attribution:
     images = pixels.expand(len(targets), -1, -1, -1)
-    return attribute(loaded.model, images, torch.tensor(targets), method, chosen(rules), **options)
+    return attribute(loaded.model, images, torch.tensor(targets), method, named_rules(rules), **options)
 
 
 def attribute_phrases(
     loaded: LoadedModel, pixels: Tensor, prompts: list[str], method: str, rules: str | None
 ) -> Attribution:
-    result = attribute_prompts(loaded, pixels[None], prompts, method, chosen(rules), progress=sys.stderr.isatty())
+    result = attribute_prompts(loaded, pixels[None], prompts, method, named_rules(rules), progress=sys.stderr.isatty())
     scores, output, error = (part[0] for part in (result.scores, result.output, result.completeness_error))
     return replace(result, scores=scores, output=output, completeness_error=error)
 
 
-def chosen(rules: str | None) -> Rules | None:
+def named_rules(rules: str | None) -> Rules | None:
     return None if rules is None else RULES[rules]
 
 
@@ -260,7 +260,7 @@ def attribute_text(
         def explained(logits):
             return logits[:, chosen] - logits[:, other]
 
-    result = attribute(loaded.model, inputs, explained, method, chosen(rules), readout="last")
+    result = attribute(loaded.model, inputs, explained, method, named_rules(rules), readout="last")
     name = next(name for name, known in RULES.items() if known == result.rules)
     title += f" ({method}, {name}; logit {'difference ' if against else ''}{result.output[0]:.2f})"
     return Strip(token_texts(loaded.tokenizer, inputs["input_ids"][0]), result.scores[0].tolist(), title), result
