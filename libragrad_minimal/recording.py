@@ -136,7 +136,8 @@ class Recording:
     blocks: tuple[nn.Module, ...]
     rerun: Callable[..., Recording]  # rerun(changed=...): as in `record`
     again: Callable[[], Recording]  # the same once more
-    averages: dict[Any, Gradients] = field(default_factory=dict)  # means over changed tokens, by what was changed
+    # means over changed tokens, by what was changed; a recording of another target, made by `replace`, has its own
+    averages: dict[Any, Gradients] = field(default_factory=dict, init=False)
 
     @property
     def rules(self) -> Rules:

@@ -139,7 +139,7 @@ def tiny() -> LoadedModel:
     return LoadedModel("clip", "tiny", model, blocks, tokenizer=tokenizer, prefix_tokens=1, grid=(4, 4))
 
 
-@pytest.mark.parametrize("method", ["FullGrad+", "GradCAM+", "LeGrad", "Attention Rollout"])
+@pytest.mark.parametrize("method", ["FullGrad+", "GradCAM+", "LeGrad", "Attention Rollout", "IG"])
 def test_pictures_and_prompts_at_once_equal_one_by_one(tiny, method):
     images, prompts = torch.randn(3, 3, 32, 32), ["a cat", "two dogs"]
     together = attribute_prompts(tiny, images, prompts, method, batch_size=2, progress=False)

@@ -292,30 +292,38 @@ def hf_vit():
     return transformers.ViTForImageClassification(transformers.ViTConfig(**config, image_size=32, patch_size=8)).eval()
 
 
-def open_clip_tower():
+CAPTIONS = torch.tensor([[5, 6, 1], [7, 8, 1]])
+
+
+def hf_clip():
+    small = dict(hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2)
+    text = dict(**small, vocab_size=30, bos_token_id=0, eos_token_id=1)
+    config = transformers.CLIPConfig(text_config=text, vision_config=dict(**small, image_size=32, patch_size=8))
+    return transformers.CLIPModel(config).eval()
+
+
+def open_clip_pair():
     vision = dict(image_size=32, patch_size=8, width=32, layers=2, head_width=16)
     text = dict(context_length=8, vocab_size=30, width=32, heads=2, layers=1)
     return open_clip.model.CLIP(embed_dim=16, vision_cfg=vision, text_cfg=text).eval()
 
 
 @pytest.mark.parametrize(
-    "build, answer, attention",
+    "build, tower, answer",
     [
-        (hf_vit, lambda model, x: model(x).logits, "vit.encoder.layer.1.attention"),
-        (open_clip_tower, lambda model, x: model.encode_image(x), "visual.transformer.resblocks.1.attn"),
+        (hf_vit, lambda model: model, lambda model, x: model(x).logits),
+        (hf_clip, lambda model: model.vision_model, lambda model, x: model(CAPTIONS, x).logits_per_image),
+        (open_clip_pair, lambda model: model, lambda model, x: model.encode_image(x)),
     ],
-    ids=["transformers", "open_clip"],
+    ids=["transformers ViT", "transformers CLIP", "open_clip"],
 )
-def test_dropped_tokens_never_enter_the_blocks(build, answer, attention):
-    """Tokens that are dropped can't matter; those that stay are as many in every block."""
+def test_dropped_tokens_never_enter_the_blocks(build, tower, answer):
+    """Tokens that are dropped can't matter; those that stay are as many in every MLP."""
     model, images, lengths = build(), torch.randn(2, 3, 32, 32), []
-    modules = dict(model.named_modules())
-    name = next(name for name in modules if name.startswith(attention) or name.endswith("layers.1.attention"))
-    modules[name].register_forward_hook(
-        lambda module, args, kwargs, result: lengths.append(next(iter([*args, *kwargs.values()])).shape),
-        with_kwargs=True,
-    )
-    run = dropping(model, partial(answer, model))
+    for module in tower(model).modules():
+        if "GELU" in type(module).__name__:
+            module.register_forward_hook(lambda module, args, result: lengths.append(max(result.shape[:2])))
+    run = dropping(tower(model), partial(answer, model))
     keep = torch.ones(2, 16, dtype=torch.bool)
     keep[0, [1, 5]] = keep[1, [0, 15, 7]] = False
     with torch.no_grad():
@@ -323,7 +331,7 @@ def test_dropped_tokens_never_enter_the_blocks(build, answer, attention):
         torch.testing.assert_close(whole, answer(model, images))
         lengths.clear()
         some = run((images, keep))
-        assert sorted(max(shape[:2]) for shape in lengths) == [14, 15]
+        assert lengths == 2 * [14] + 2 * [15]
         painted = images.clone()
         painted[0, :, 8:16, 8:16] = 7  # patch 5, which is gone
         torch.testing.assert_close(run((painted, keep)), some)

@@ -46,7 +46,10 @@ class Rules:
 
 LIBRA = Rules()
 PLAIN = Rules(attention=False, activation=False, norm=False, product=False)
-ATTN_LRP = Rules(attention="halve")  # Achtibat et al. 2024
+# Achtibat et al. 2024. Relevance of positions (PA-LRP, Bakish et al. 2025) isn't split off from that of queries and
+# keys: what a rotary embedding multiplies them with is a constant that a graph can't tell from any other. Learned
+# positions are part of the first tokens.
+ATTN_LRP = Rules(attention="halve")
 ALI_LRP = Rules(activation=False, product=False)  # Ali et al. 2022; not conservative where two streams are multiplied
 CP_LRP = Rules(product="hold")  # conservative propagation as Achtibat et al. 2024 have it, gates of SwiGLU constant
 # DecompX (Modarressi et al. 2023): Libra without the product rule. The original propagates a vector for each token
