@@ -39,6 +39,8 @@ try:
     from .plots import Strip, TokenStrips, heatmaps
     from .prompts import attribute_prompts
     from .scenes import draw_scene
+    from .sweep import RAW, WRONG, Bounds, read, summary, sweep
+    from .zoo import LIBRARIES, registered
 except ModuleNotFoundError as error:
     sys.exit(refuse(error))
 
@@ -65,6 +67,7 @@ EXAMPLES = """examples:
   $libragrad clip photo.jpg "a cat" "a cup" -o prompts.png
   $libragrad text "The capital of France is" --model {llama} --target Paris --against London -o strip.html
   $libragrad audit vit_base_patch16_siglip_224
+  $libragrad sweep timm --pattern "vit_tiny*"
 """.format(**REAL)
 
 
@@ -135,6 +138,21 @@ def parser() -> argparse.ArgumentParser:
         "model", help="vit, clip, llama (the demos), a timm or open_clip name, or a transformers name or folder"
     )
 
+    swept = command(
+        sweep_command, "sweep", "does it work on every model of a library? One row a model; goes on where it was"
+    )
+    swept.add_argument("library", choices=LIBRARIES)
+    swept.add_argument("--pattern", default="*", help="of names, such as 'vit_*', 'decoder *' or '* text'")
+    swept.add_argument(
+        "--smallest", type=int, metavar="N", help="only the N smallest models of every file of timm; default: all"
+    )
+    swept.add_argument("--processes", type=int, default=1, help="models at a time (default: %(default)s)")
+    swept.add_argument("--seconds", type=float, default=300, help="that a model may take (default: %(default)s)")
+    swept.add_argument("--gigabytes", type=float, default=6, help="that a model may use (default: %(default)s)")
+    swept.add_argument(
+        "-o", "--output", type=Path, help="the table, or a folder for it; default: sweep_LIBRARY.csv, here"
+    )
+
     demo = command(demo_command, "demo", "everything above on the shipped models, offline, on one page")
     demo.add_argument("-o", "--output", type=Path, default=Path("libragrad_demo.html"), help="default: %(default)s")
     return result
@@ -203,6 +221,22 @@ def audit_command(args: argparse.Namespace) -> int:
     table = audit_model(args.model)
     print(table)
     return int(any(treatment == "unsupported" for _, treatment, _ in table.rows))
+
+
+def sweep_command(args: argparse.Namespace) -> int:
+    """Status 1 if anything is wrong or raises what isn't a refusal."""
+    path = args.output or Path()
+    path = path / f"sweep_{args.library}.csv" if path.is_dir() else path
+    if not path.parent.is_dir():
+        raise ValueError(f"the folder {path.parent} doesn't exist: make it first")
+    names = registered(args.library, args.pattern, args.smallest)
+    if not names:
+        raise ValueError(f"{args.library} has no model that matches {args.pattern!r}")
+    sweep(args.library, names, path, args.processes, Bounds(args.seconds, args.gigabytes))
+    rows = [row for row in read(path) if row["model"] in set(names)]
+    print(summary(rows))
+    print(f"wrote {path}")
+    return int(any(row["attribute"].startswith((RAW, WRONG)) or row["engine"] in (RAW, WRONG) for row in rows))
 
 
 def demo_command(args: argparse.Namespace) -> int:

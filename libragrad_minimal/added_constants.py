@@ -165,7 +165,8 @@ class Shares:
 
     def samples_first(self, place: Entrance) -> bool:
         """Is it clear from the shape where the samples are?"""
-        return self.dimensions(place) is not None or place.shape[:1] == (self.samples,)
+        first_alone = place.shape[:1] == (self.samples,) and place.shape.count(self.samples) == 1
+        return self.dimensions(place) is not None or first_alone
 
     def dimensions(self, place: Entrance) -> Axes | None:
         """Where samples and tokens are in what is computed there; None if its shape doesn't tell."""

@@ -14,7 +14,7 @@ from .added_constants import precise
 from .engine import LIBRA, Rules
 from .families import Inputs, check_inputs, explains_picture_for_texts
 from .methods import METHODS, check_method, default_rules, reads_of
-from .readout import check_target
+from .readout import check_readout, check_target
 from .recording import MAPS, Recording, Request, record
 from .scores import second_scores
 
@@ -113,6 +113,7 @@ def attribute_many(
         check_method(name, options)
     check_inputs(model, inputs)
     check_target(target)
+    check_readout(readout)
     asked = Inputs(inputs, about_picture=explains_picture_for_texts(model))
     names_by_rules: dict[Rules, list[str]] = {}
     for name in methods:

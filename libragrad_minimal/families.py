@@ -7,8 +7,10 @@ find out by running it.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -127,17 +129,42 @@ def pairs_pictures_and_texts(model: nn.Module) -> bool:
 def call(model: nn.Module, inputs: Inputs, rows: Tensor | None = None) -> Any:
     """The model's answer: its logits, else all that it returns. rows: the positions whose logits are wanted."""
     given = inputs.given
-    if pairs_pictures_and_texts(model) and isinstance(given, Tensor):
-        encode = plain(model).encode_image if inputs.text is None else plain(model).encode_text
-        return encode(given, normalize=True)
-    settings: dict[str, Any] = {}
-    if generates(model) and accepts(model, "use_cache"):
-        settings["use_cache"] = False
-    if rows is not None:
-        settings["logits_to_keep"] = rows
-    if isinstance(given, Tensor):
-        return answer_of(model(given, **settings))
-    return answer_of(model(**{**given, **settings}))
+    with blamed_on_inputs(model, inputs):
+        if pairs_pictures_and_texts(model) and isinstance(given, Tensor):
+            encode = plain(model).encode_image if inputs.text is None else plain(model).encode_text
+            return encode(given, normalize=True)
+        settings: dict[str, Any] = {}
+        if generates(model) and accepts(model, "use_cache"):
+            settings["use_cache"] = False
+        if rows is not None:
+            settings["logits_to_keep"] = rows
+        if isinstance(given, Tensor):
+            return answer_of(model(given, **settings))
+        return answer_of(model(**{**given, **settings}))
+
+
+@contextmanager
+def blamed_on_inputs(model: nn.Module, inputs: Inputs) -> Iterator[None]:
+    """Inside, what the model's own code raises tells that it was that. Out of memory, and what is ours, passes."""
+    try:
+        yield
+    except (RuntimeError, AssertionError, TypeError, AttributeError, LookupError, ValueError) as error:
+        if isinstance(error, torch.OutOfMemoryError) or "memory" in str(error) or is_ours(error):
+            raise
+        missing = "decoder_input_ids"
+        hint = f" (it is given no {missing})" if accepts(model, missing) and missing not in inputs.tensors else ""
+        raise ValueError(
+            f"{name_of(model)} itself doesn't run on these inputs{hint}: {type(error).__name__}: {error}"
+        ) from error
+
+
+def is_ours(error: Exception) -> bool:
+    """A refusal of this package's; what PyTorch raises within observed() isn't."""
+    place = error.__traceback__
+    while place is not None and place.tb_next is not None:
+        place = place.tb_next
+    raised_here = place is not None and Path(place.tb_frame.f_code.co_filename).is_relative_to(Path(__file__).parent)
+    return raised_here and isinstance(error, ValueError)
 
 
 def answer_of(result: Any) -> Any:
@@ -228,6 +255,8 @@ def picture_token_ids(model: nn.Module) -> list[int]:
 
 def check_inputs(model: nn.Module, given: Any) -> None:
     """Raises ValueError for inputs and models that can't be explained, with what, where and what to do."""
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"the model is a {type(model).__name__}: give the torch.nn.Module itself")
     name = name_of(model)
     if torch.is_inference_mode_enabled():
         raise ValueError("there are no gradients inside torch.inference_mode(): call from outside of it")

@@ -25,6 +25,7 @@ from .streams import removed, stream_argument
 BASE = 4  # neighbours of a row, which overlapping patches look at too, have other last digits
 SURE = 0.8  # share of tokens that must spell a digit right; in a wrong grid it is a quarter
 SURE_OF_SPACE = 0.4  # where the tensor itself has rows and columns, so that only their order is in question
+SHIFTS = (0.0, 0.5, 0.25)  # by how much of a cell; the last where those at the border look at half a cell only
 DRAWS = 4  # changes of each sort, where every single token has to be right
 SURE_IF_MIXED = 0.5  # behind a whole tower, whose attention has mixed the patches
 
@@ -245,7 +246,7 @@ class Grid:
 
     cells: tuple[int, ...]
     pixels: tuple[float, ...]
-    shift: float = 0.0  # convolutions with padding look at the corners of cells: 1/2
+    shift: float = 0.0  # convolutions with padding look at the corners of cells
 
     def digits(self, extent: tuple[int, ...]) -> Iterator[tuple[int, int, list[Tensor]]]:
         """For every digit of every dimension's numbers: (dimension, the digit's worth, the pixels that have a 0 there,
@@ -308,7 +309,7 @@ def picture_layout(model: nn.Module, inputs: Inputs, tokens: Tensor, ask: Callab
             if spells(grid, extent, where, partial(felt, axes, draws=draws), enough):
                 return Layout(axes, where[0] if (where == where[0]).all() else where, grid.cells)
     exact = [guess for guess in guesses if guess[2].is_exact(extent) and guess[2].cells != guess[0].sizes(tokens)]
-    for axes, where, grid in exact[:6]:  # any other order
+    for axes, where, grid in exact[:9]:  # any other order
         codes = spelled_numbers(grid, extent, where, partial(felt, axes, draws=DRAWS))
         if all(sorted(row) == list(range(len(row))) for row in codes.tolist()):
             return Layout(axes, where.gather(1, codes.argsort(1)), grid.cells)
@@ -354,8 +355,8 @@ def possible_grids(model: nn.Module, sizes: tuple[int, ...], cells: int, extent:
             halved = [2.0 ** round(math.log2(side)) for side in exact]
             cut, padded = ([float(f(side)) for side in exact] for f in (math.floor, math.ceil))
             for pixels in dict.fromkeys(map(tuple, (exact, cut, padded, halved))):
-                yield Grid(shape, pixels)
-                yield Grid(shape, pixels, 0.5)
+                for shift in SHIFTS:
+                    yield Grid(shape, pixels, shift)
 
 
 def spells(grid: Grid, extent: tuple[int, ...], where: Tensor, felt: Callable[[Tensor], Tensor], sure: float) -> bool:

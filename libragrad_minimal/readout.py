@@ -41,7 +41,7 @@ def chosen_rows(model: nn.Module, inputs: Inputs, target: Any, readout: Any) -> 
     if rows.is_floating_point() or rows.dtype == torch.bool or rows.dim() > 1:
         return None
     length = inputs.answered.shape[1]
-    rows = rows.to(inputs.answered.device).expand(inputs.samples)
+    rows = one_each(rows, inputs.samples).to(inputs.answered.device)
     if rows.min() < -length or rows.max() >= length:
         raise ValueError(f"readout names row {readout}, and the text has {length} tokens")
     rows, mask = rows % length, inputs.answered_mask
@@ -52,9 +52,15 @@ def chosen_rows(model: nn.Module, inputs: Inputs, target: Any, readout: Any) -> 
     return rows
 
 
-def kept_rows(model: nn.Module, rows: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+def one_each(rows: Tensor, samples: int) -> Tensor:
+    if rows.dim() > 1 or rows.dim() == 1 and len(rows) not in (1, samples):
+        raise ValueError(f"readout needs one row, or one for each of {samples} samples; got shape {tuple(rows.shape)}")
+    return rows.long().expand(samples)
+
+
+def kept_rows(model: nn.Module, inputs: Inputs, rows: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
     """The rows for which the model need compute logits, and where among them each sample's own is."""
-    if rows is None or not accepts(model, "logits_to_keep"):
+    if rows is None or not accepts(model, "logits_to_keep") or "labels" in inputs.tensors:
         return None, rows
     return rows.unique(return_inverse=True)
 
@@ -109,7 +115,7 @@ def one_row(name: str, answer: Tensor, readout: Any, rows: Tensor | None) -> Ten
             "readout=(row, column) or readout=mask, a boolean tensor, or give a function of the whole answer as target"
         )
     if rows is None and readout is not None and not isinstance(readout, str):
-        rows = torch.as_tensor(readout).expand(len(answer))
+        rows = one_each(torch.as_tensor(readout), len(answer))
         if rows.min() < -answer.shape[1] or rows.max() >= answer.shape[1]:
             raise ValueError(f"readout names row {readout}, and the answer has {answer.shape[1]} rows")
     if rows is None and isinstance(readout, str):
@@ -153,6 +159,8 @@ def checked_output(output: Any, samples: int) -> Tensor:
 
 def chosen_class(answer: Tensor, target: Any) -> Tensor:
     samples, classes = answer.shape
+    if target is None and classes == 1:
+        return answer[:, 0]
     if target is None:
         raise ValueError(
             f"there is no target: give one of {classes} classes, weights for them, or a function of the answer"
@@ -168,6 +176,20 @@ def chosen_class(answer: Tensor, target: Any) -> Tensor:
             )
         return (answer * weights.to(answer.dtype)).sum(-1)
     return answer.gather(1, targets.classes(weights, answer))[:, 0]
+
+
+def check_readout(readout: Any) -> None:
+    """What can be said of a readout before the model runs."""
+    if isinstance(readout, str) and readout != "last":
+        raise ValueError(f"unknown readout {readout!r}: {CHOICES}")
+    if readout is None or isinstance(readout, str):
+        return
+    try:
+        numbers = torch.as_tensor(readout)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(f"readout is a {type(readout).__name__}: {CHOICES}") from error
+    if numbers.is_floating_point() or numbers.is_complex() or numbers.numel() == 0:
+        raise ValueError(f"readout holds no row's number and is no mask, {readout!r}: {CHOICES}")
 
 
 def check_target(target: Any) -> None:

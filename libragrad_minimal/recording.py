@@ -240,8 +240,9 @@ class Recording:
         first = None
         for node in topological([end], stop={get_gradient_edge(self.stream[layer]).node}):
             operands = noted(node, OPERANDS)
-            if operands is not None and any(operand.data_ptr() == h.data_ptr() for operand in operands):
-                first = None if node is end else operands[0] + operands[1]
+            if operands is not None and any(one.tensor.data_ptr() == h.data_ptr() for one in operands):
+                kept = all(one.unchanged for one in operands) and node is not end
+                first = operands[0].tensor + operands[1].tensor if kept else None
                 break
         return None if first is None else self.axes[layer].arrange(first)
 
@@ -406,9 +407,9 @@ def answered(request: Request, residuals: bool) -> Tensor:
     """(B,) what is explained, of one forward pass; its graph begins where a hook or a stand-in lets it begin."""
     model, inputs = request.model, request.inputs
     rows = chosen_rows(model, inputs, request.target, request.readout)
-    kept, rows = kept_rows(model, rows)
+    kept, rows = kept_rows(model, inputs, rows)
     eager = torch.compiler.set_stance("force_eager")
-    with torch.no_grad(), eager, observed(residuals=residuals):
+    with torch.no_grad(), eager, unfused(model), observed(residuals=residuals):
         answer = call(model, inputs, kept)
         with torch.enable_grad():
             return explained(model, answer, request.target, request.readout, rows, inputs.samples)
@@ -442,6 +443,16 @@ def standing_in(blocks: Sequence[nn.Module], results: Sequence[Any]) -> Iterator
                 vars(block).pop("forward", None)
             else:
                 block.forward = own
+
+
+@contextlib.contextmanager
+def unfused(model: nn.Module) -> Iterator[None]:
+    """Inside, recurrent layers run step by step: fused ones hide their gates."""
+    if not any(isinstance(module, nn.RNNBase) for module in model.modules()):
+        yield
+        return
+    with torch.backends.mkldnn.flags(enabled=False), torch.backends.cudnn.flags(enabled=False):
+        yield
 
 
 @dataclass
@@ -568,18 +579,16 @@ class Passed:
 
 
 def layout_at(request: Request, inputs: Inputs, blocks: tuple[nn.Module, ...], tokens: Tensor) -> Layout:
-    """The layout of the first tokens. Where a user named blocks that come late, behind which patches have mixed, it is
-    that of the first block of all, if its tokens are as many."""
-    try:
-        return layout_of(request.model, inputs, blocks, tokens)
-    except ValueError:
-        if request.blocks is None:
-            raise
-        earlier = find_streams(request.model, inputs).blocks
-        first = first_tokens(request.model, inputs, earlier)
-        if first.shape != tokens.shape:
-            raise
-        return layout_of(request.model, inputs, earlier, first)
+    """The layout of the first tokens. Where a user named blocks that come late in the stream, behind which patches have
+    mixed, it is that of the stream's first block, if its tokens are as many."""
+    if request.blocks is not None:
+        with contextlib.suppress(ValueError):
+            earlier = find_streams(request.model, inputs).blocks
+            if set(blocks) <= set(earlier):
+                first = first_tokens(request.model, inputs, earlier)
+                if first.shape == tokens.shape:
+                    return layout_of(request.model, inputs, earlier, first)
+    return layout_of(request.model, inputs, blocks, tokens)
 
 
 def argument(block: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Tensor:

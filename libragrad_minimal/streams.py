@@ -61,6 +61,8 @@ def find_streams(model: nn.Module, inputs: Inputs, blocks: Iterable[str | nn.Mod
 def named_blocks(model: nn.Module, blocks: Iterable[str | nn.Module] | str) -> tuple[nn.Module, ...]:
     """Modules for names: of single modules, or of one list of them."""
     modules = dict(plain(model).named_modules())
+    if not isinstance(blocks, str | nn.Module | Iterable):
+        raise ValueError(f"blocks must hold modules or their names, got a {type(blocks).__name__}; {candidates(model)}")
     named = [blocks] if isinstance(blocks, str | nn.Module) else list(blocks)
     found: list[nn.Module] = []
     for block in named:
@@ -151,7 +153,8 @@ def streams_in_graph(model: nn.Module, inputs: Inputs, lists: dict[str, list[nn.
     ran = {call.block for call in calls}
     streams = [tuple(block for block in lists[name] if block in ran) for name in chosen]
     through = {roots[root] for root, names in served.items() if chosen[0] in names}
-    of_picture = inputs.words is not None and not any(inputs.tensors[name] is inputs.words for name in through)
+    of_picture = inputs.words is not None and any(inputs.tensors[name].is_floating_point() for name in through)
+    of_picture = of_picture and not any(inputs.tensors[name] is inputs.words for name in through)
     return Streams(streams[0], streams[1] if len(streams) > 1 else (), of_picture)
 
 

@@ -63,6 +63,21 @@ CURED = {  # the refused operation: what was refused, what the refusal says, and
     "Softplus": (F.softplus, "explain the logit before it", lambda x: x * 1),
     "Exp": (torch.exp, "explain the logit before it", lambda x: x * 1),
     "Sin": (torch.sin, "explain the logit before it", lambda x: x * 1),
+    "IndexPut": (
+        lambda x: (x * 1).index_put((torch.tensor([0, 0]),), x[1:]),
+        "write each place once",
+        lambda x: (x * 1).index_put((torch.tensor([0]),), x[2:]),
+    ),
+    "IndexCopy": (
+        lambda x: x.index_copy(0, torch.tensor([0, 0]), x[1:]),
+        "write each place once",
+        lambda x: x.index_copy(0, torch.tensor([0]), x[2:]),
+    ),
+    "Scatter": (
+        lambda x: x.scatter(0, torch.zeros(2, 4, dtype=torch.long), x[1:]),
+        "write each place once",
+        lambda x: x.scatter(0, torch.zeros(1, 4, dtype=torch.long), x[2:]),
+    ),
     "NativeLayerNorm": (
         lambda x: F.layer_norm(x, (4,), x.mean(0)),
         "detach",
@@ -126,6 +141,33 @@ def test_a_function_of_ones_own_is_taught_by_the_name_in_the_refusal(monkeypatch
         libra_grad(Doubled.apply(x).sum(1), x)
     register_rule("Doubled", "linear")
     complete(Doubled.apply(x).sum(1), x)
+
+
+def test_an_operation_of_pytorchs_without_a_rule_is_taught(monkeypatch):
+    monkeypatch.setattr(operations, "TAUGHT", {})
+    x = draw(3, 4)
+    with pytest.raises(UnsupportedOperation, match=r"register_rule\('Pow', 'linear'\)"):
+        libra_grad((2**x).sum(1), x)
+    register_rule("Pow", "gate", "activation", lambda node, grad_inputs, grad_outputs: (grad_outputs[0] * 2**x / x,))
+    complete((2**x).sum(1), x)
+
+
+def test_a_saturated_sigmoid_is_written_as_a_tanh():
+    x = draw(3, 4)
+    with observed():
+        output, cured = torch.sigmoid(60 * x).sum(1), (0.5 + torch.tanh(60 * x / 2) / 2).sum(1)
+    torch.testing.assert_close(output, cured)
+    with pytest.raises(ArithmeticError, match=r"write 0.5 \+ tanh\(x / 2\) / 2 for it"):
+        libra_grad(output, x)
+    complete(cured, x)
+
+
+def test_a_mask_that_looks_like_dropout_is_cloned():
+    mask = torch.empty(3, 4, dtype=torch.float64).bernoulli_(0.5).div_(0.5)
+    x = draw(3, 4)
+    with pytest.raises(ValueError, match=r"dropout was active.*looks like one, clone\(\)"):
+        libra_grad((x * mask).sum(1), x)
+    complete((x * mask.clone()).sum(1), x)
 
 
 def test_every_cure_in_the_table_is_tried():

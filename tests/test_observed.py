@@ -3,6 +3,7 @@
 tests/modules.py has two hundred small modules whose verdict is told; here is what the context promises beside that.
 """
 
+import numpy as np
 import pytest
 import timm
 import torch
@@ -11,7 +12,7 @@ import transformers
 from timm.layers import DropPath, PatchDropout
 from torch import nn
 
-from libragrad_minimal import additive_constants, audit, libra_grad, observed
+from libragrad_minimal import Rules, UnsupportedOperation, additive_constants, audit, libra_grad, observed
 
 BUFFER = torch.linspace(-1, 2, 8, dtype=torch.float64)
 
@@ -236,3 +237,122 @@ def test_the_context_leaves_nothing_behind_when_the_model_fails():
         raise ZeroDivisionError
     x = draw(3, 8)
     assert (x + 1).grad_fn.next_functions[1][0] is None  # a number again
+
+
+C, INDEX, TWICE = torch.randn(2, 6, dtype=torch.float64), torch.zeros(1, 6, dtype=torch.long), torch.tensor([0, 0])
+STATE = torch.randn(2, 4, dtype=torch.float64)
+SAMPLES = (2, 6)
+
+
+class OwnParameter(nn.Parameter):
+    pass
+
+
+class OwnTensor(torch.Tensor):
+    pass
+
+
+def cell(kind):
+    return kind(6, 4).double().requires_grad_(False)
+
+
+def overwritten(function, change):
+    """What a function read is changed in place behind it; it saves its result, so that PyTorch allows that."""
+
+    def program(x):
+        read = x * 1.5
+        result = function(read)
+        return result + change(read)
+
+    return program
+
+
+def compiled(layers):
+    model = nn.Sequential(*[nn.Linear(6, 6), nn.GELU(), nn.LayerNorm(6)] * layers).double().requires_grad_(False)
+    return torch.compile(model, backend="eager")
+
+
+PROGRAMS = {  # each was wrong or raised something of PyTorch's, in front of an attacker
+    "RNN cell of a constant": (lambda x: cell(nn.RNNCell)(C, x), (2, 4)),
+    "GRU cell of a constant": (lambda x: cell(nn.GRUCell)(C, x), (2, 4)),
+    "LSTM cell of a constant": (lambda x: cell(nn.LSTMCell)(C, (x, STATE))[0], (2, 4)),
+    "GRU cell from a constant": (lambda x: cell(nn.GRUCell)(x, STATE), SAMPLES),
+    "index_copy twice to a place": (lambda x: x.index_copy(0, TWICE, C), (3, 6)),
+    "index_copy_ twice to a place": (lambda x: (x * 1).index_copy_(0, TWICE, C), (3, 6)),
+    "linear layer of a constant": (lambda x: F.linear(C, torch.ones(4, 6).double(), x), (4,)),
+    "convolution of a constant": (lambda x: F.conv1d(C[None], torch.ones(3, 2, 2).double(), x), (3,)),
+    "bilinear layer of constants": (lambda x: F.bilinear(C, STATE, torch.ones(3, 6, 4).double(), x), (3,)),
+    "addmm by keyword": (lambda x: torch.addmm(input=C, mat1=x, mat2=torch.ones(6, 6).double()), SAMPLES),
+    "a slice from nowhere": (lambda x: torch.ops.aten.slice.Tensor(x, 1, None, 3), SAMPLES),
+    "cumulative_trapezoid": (torch.cumulative_trapezoid, SAMPLES),
+    "clamp_": (lambda x: (x * 1).clamp_(0.2, 1), SAMPLES),
+    "hardtanh in place": (lambda x: F.hardtanh(x * 1, 0.2, 1.0, inplace=True), SAMPLES),
+    "clamp of a constant": (lambda x: torch.clamp(C, torch.tensor(0.2).double(), max=x), SAMPLES),
+    "clamp to larger bounds": (lambda x: x.clamp(min=-torch.ones(4, 6).double()), (6,)),
+    "tanh of what is overwritten": (overwritten(torch.tanh, lambda a: a.mul_(-5)), SAMPLES),
+    "expm1 of what is overwritten": (overwritten(torch.expm1, lambda a: a.add_(5)), SAMPLES),
+    "NumPy number": (lambda x: x + np.float32(1.5), SAMPLES),
+    "parameter of a class of its own": (lambda x: x + OwnParameter(torch.ones(6), requires_grad=False), SAMPLES),
+    "tensor of a class of its own": (lambda x: x + torch.ones(6).as_subclass(OwnTensor), SAMPLES),
+    "rsub with a factor": (lambda x: torch.rsub(x, 1, 2), SAMPLES),
+    "pairwise distance": (lambda x: F.pairwise_distance(x, C), SAMPLES),
+    "L1 loss": (lambda x: F.l1_loss(x, C, reduction="none"), SAMPLES),
+    "Gaussian loss, written in Python": (lambda x: F.gaussian_nll_loss(x, C, C**2, reduction="none"), SAMPLES),
+    "diff": (lambda x: torch.diff(x, prepend=C), SAMPLES),
+    "cartesian product": (lambda x: torch.cartesian_prod(x[0], C[0]), SAMPLES),
+    "block diagonal": (lambda x: torch.block_diag(x, C), SAMPLES),
+    "embedding with padding": (lambda x: F.embedding(torch.tensor([[0, 1]]), x, padding_idx=0), (3, 4)),
+    "embedding by frequency": (lambda x: F.embedding(TWICE, x, scale_grad_by_freq=True), (3, 4)),
+    "sigmoid_": (lambda x: (x * 3).sigmoid_(), SAMPLES),
+    "sigmoid as an operator": (torch.ops.aten.sigmoid, SAMPLES),
+    "tanh_ in saturation": (lambda x: (x * 30).tanh_(), SAMPLES),
+    "tanh as an operator, in saturation": (lambda x: torch.ops.aten.tanh.default(x * 30), SAMPLES),
+    "compiled": (compiled(2), SAMPLES),
+    "compiled, larger": (compiled(3), SAMPLES),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", PROGRAMS)
+def test_programs_of_an_attacker(name):
+    program, shape = PROGRAMS[name]
+    x = draw(*shape)
+    with observed():
+        result = program(x)
+    weights = torch.linspace(1, 2, result.numel(), dtype=torch.float64).view(result.shape)
+    assert total((result * weights).sum(), x) == pytest.approx((result * weights).sum().item(), rel=1e-9)
+
+
+def without_graph(x):
+    y = x * 2
+    with torch.no_grad():
+        y.add_(1)
+    return y
+
+
+REFUSED = {
+    "written in place without a graph": (without_graph, "add_ .*no_grad.*out of place"),
+    "written twice": (lambda x: torch.zeros(3, 6).double().index_put((TWICE,), x), "IndexPut.*each place once"),
+    "scattered twice": (lambda x: torch.zeros(2, 6).double().scatter(0, INDEX[[0, 0]], x), "Scatter.*each place once"),
+    "copied twice": (lambda x: torch.zeros(3, 6).double().index_copy(0, TWICE, x), "IndexCopy.*each place once"),
+    "equals": (lambda x: x.scatter_reduce(0, INDEX, x[:1].detach(), "amax", include_self=False), "ScatterReduce"),
+    "bag by frequency": (lambda x: F.embedding_bag(INDEX, x, scale_grad_by_freq=True), "EmbeddingBag"),
+    "loss with a margin": (lambda x: F.margin_ranking_loss(x, C, torch.ones(2, 6), margin=0.5), "write it out"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_nobody_can_count_is_refused(name):
+    program, message = REFUSED[name]
+    x = draw(2, 6)
+    with pytest.raises(UnsupportedOperation, match=message), observed():
+        libra_grad(program(x).sum(), x)
+
+
+def test_operands_that_are_overwritten_are_refused_by_the_residual_rule():
+    x = draw(2, 6)
+    with observed(residuals=True):
+        a, b = x * 2, x * 3
+        output = (a + b).sum(1)
+        a.mul_(2)
+    with pytest.raises(ValueError, match="changed in place after it had been added"):
+        libra_grad(output, x, Rules(residual=True))

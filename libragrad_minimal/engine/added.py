@@ -10,7 +10,7 @@ from torch.autograd.graph import Node
 
 from .checks import as_tuple, check_outputs, checked_plan, explained_errors
 from .nodes import COUNTED, HALF, VERSION, Half, edge_of, is_custom, is_leaf, noted, operation_name, saved
-from .operations import Operation
+from .operations import Operation, taught_operation
 from .plan import Plan, find_values, make_plan
 from .rules import LIBRA
 
@@ -120,9 +120,9 @@ def without_graph(*operands: int) -> Callable[[Node], bool]:
     return lambda node: any(node.next_functions[i][0] is None for i in operands)
 
 
-def any_without_graph(node: Node) -> bool:
-    """One of the operands, or a number that leaves no operand behind."""
-    return len(node.next_functions) == 1 or any(child is None for child, _ in node.next_functions)
+def any_without_graph(node: Node, fewest: int = 2) -> bool:
+    """One of the operands, or a number that leaves no operand behind, so that there are fewer than `fewest`."""
+    return len(node.next_functions) < fewest or any(child is None for child, _ in node.next_functions)
 
 
 def added_product(node: Node) -> bool:
@@ -130,16 +130,20 @@ def added_product(node: Node) -> bool:
     return added or all(factors)
 
 
+def constant_but_bias(node: Node) -> bool:
+    return node.next_functions[0][0] is None and node.next_functions[1][0] is None
+
+
 def frozen_bias(node: Node) -> bool:
     sizes = saved(node, "bias_sym_sizes_opt")
-    return node.next_functions[2][0] is None and bool(sizes) and sum(sizes) > 0
+    return constant_but_bias(node) or node.next_functions[2][0] is None and bool(sizes) and sum(sizes) > 0
 
 
 def frozen_norm_bias(node: Node) -> bool:
     """Some norms save their bias, of the others it is only known whether they have a weight."""
     frozen = node.next_functions[2][0] is None
     value = saved(node, "bias" if hasattr(type(node), "_saved_bias") else "weight")
-    return frozen and value is not None and bool(value.any())
+    return constant_but_bias(node) or frozen and value is not None and bool(value.any())
 
 
 def batch_norm_mean(node: Node) -> bool:
@@ -173,6 +177,12 @@ def written_slice(node: Node) -> bool:
     return node.next_functions[0][0] is None or inner is not None and hides(inner)
 
 
+def linear_of_a_constant(node: Node) -> bool:
+    """A custom function that was taught as linear in all its operands."""
+    taught = taught_operation(node)
+    return taught is not None and taught.role == "linear" and taught.streams is None and any_without_graph(node, 0)
+
+
 HIDES: dict[str, Callable[[Node], bool]] = {
     **dict.fromkeys("Add Sub Rsub Cat Stack Complex Lerp".split(), any_without_graph),
     **dict.fromkeys(
@@ -180,7 +190,7 @@ HIDES: dict[str, Callable[[Node], bool]] = {
         "MaskedScatter BlockDiag Fill".split(),
         any_without_graph,
     ),
-    **dict.fromkeys("Addmm Baddbmm Addbmm Addmv Addr Addcmul".split(), added_product),
+    **dict.fromkeys("Addmm Baddbmm Addbmm Addmv Addr Addcmul Addcdiv".split(), added_product),
     "Convolution": frozen_bias,
     "NativeLayerNorm": frozen_norm_bias,
     "NativeGroupNorm": frozen_norm_bias,
@@ -201,7 +211,9 @@ HIDES: dict[str, Callable[[Node], bool]] = {
 
 def hides(node: Node) -> bool:
     """Whether the node adds a constant that has no gradient, as far as its graph tells."""
-    shows = None if is_custom(node) or noted(node, COUNTED) else HIDES.get(operation_name(node))
+    if noted(node, COUNTED):
+        return False
+    shows = linear_of_a_constant if is_custom(node) else HIDES.get(operation_name(node))
     return shows is not None and shows(node)
 
 

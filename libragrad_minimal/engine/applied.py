@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.autograd.graph import Node
 from torch.utils._pytree import tree_map_only
 
-from .nodes import ARGUMENT, OPERANDS, noted, operation_name, precise, saved
+from .nodes import ARGUMENT, OPERANDS, Seen, noted, operation_name, precise, saved
 from .operations import Gradients, Repair
 from .reach import Within
 
@@ -52,7 +52,7 @@ def from_node(node: Node, repair: Repair, gradient: Tensor) -> Lookup:
         if name == "first_row":
             return 0
         if name in ("a", "b"):
-            return noted(node, OPERANDS)["ab".index(name)]
+            return operand_of_addition(noted(node, OPERANDS)["ab".index(name)])
         names = (repair.saved.get(name, name), *SYNONYMS.get(name, ()))
         return saved(node, next(n for n in names if hasattr(type(node), f"_saved_{n}")))
 
@@ -68,6 +68,15 @@ def from_arguments(arguments: Mapping[str, Any]) -> Lookup:
     return lookup
 
 
+def operand_of_addition(operand: Seen) -> Tensor:
+    if not operand.unchanged:
+        raise ValueError(
+            f"an operand of shape {tuple(operand.tensor.shape)} was changed in place after it had been added, and the "
+            "residual rule needs what it was: change it out of place"
+        )
+    return operand.tensor
+
+
 # ---- x from y = f(x), where only y was saved -------------------------------------------------------------------------
 
 # f's inverse, and the relative error of x that a relative error of one in y makes: |y / (f'(x) x)|
@@ -77,6 +86,12 @@ INVERSES: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor, Tensor],
     # the error of tanh(x/2)/2, beside its constant 1/2
     "Sigmoid": (lambda y: 2 * torch.atanh(2 * (y - 0.5)), lambda y, x: 2 * (y - 0.5) / (x * (1 - y))),
 }
+KEEPS = {
+    "Tanh": "Run the forward pass inside observed(), which remembers the argument unless a fused layer (an LSTM) hides "
+    "it or it is overwritten in place; or run it in float32.",
+    "Expm1": "Run the forward pass inside observed(), which remembers the argument unless it is overwritten in place.",
+    "Sigmoid": "Explain its argument, or write 0.5 + tanh(x / 2) / 2 for it: of a tanh, observed() remembers that.",
+}
 # How far off x may be. Half precision keeps three digits at best.
 LARGEST_ERROR = {torch.float64: 1e-6, torch.float32: 1e-4, torch.float16: 1e-3, torch.bfloat16: 1e-3}
 
@@ -84,8 +99,8 @@ LARGEST_ERROR = {torch.float64: 1e-6, torch.float32: 1e-4, torch.float16: 1e-3, 
 def argument_of(node: Node, gradient: Tensor) -> Tensor:
     """x of y = tanh(x): as `observed()` caught it, or recovered from y where y still tells it."""
     caught = noted(node, ARGUMENT)
-    if caught is not None:
-        return caught
+    if caught is not None and caught.unchanged:
+        return caught.tensor
     name, y = operation_name(node), saved(node, "result")
     inverse, amplification = INVERSES[name]
     rounding = torch.finfo(y.dtype).eps / 2
@@ -95,8 +110,7 @@ def argument_of(node: Node, gradient: Tensor) -> Tensor:
     if ((error > LARGEST_ERROR[y.dtype]) & (gradient != 0)).any():
         raise ArithmeticError(
             f"a {name.lower()} that carries the stream is too near to where it is flat: in {y.dtype} its result no "
-            f"longer tells its argument, so that its balanced slope {name.lower()}(x)/x is unknown. Run the forward "
-            "pass inside observed(), which remembers the argument."
+            f"longer tells its argument, so that its balanced slope {name.lower()}(x)/x is unknown. {KEEPS[name]}"
         )
     return x
 
@@ -107,7 +121,8 @@ Answer = Callable[[Any, tuple, dict[str, Any]], Any]  # (operator, args, kwargs)
 
 
 class StandIn(Tensor):
-    """A gradient that answers for one kernel. Made by `stand_in`; it never leaves the node it was made for."""
+    """A gradient that answers for one kernel. Made by `stand_in`; nobody sees it but the node it was made for, and
+    hooks that others have put on that node."""
 
     gradient: Tensor
     kernel: str

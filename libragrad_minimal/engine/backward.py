@@ -84,6 +84,8 @@ def libra_grad(
     with torch.enable_grad():  # an entrance of this call's own into the graph, so that its pass can be told from others
         roots = [o.sum() if grad_outputs is None else o.view_as(o) for o in outputs]
     others = [tensor for tensor in inputs if not isinstance(tensor, Half)]
+    if not inputs:
+        raise ValueError("no inputs: name the tensors whose gradients are wanted")
     if not others:
         raise ValueError("the 1/2 of sigmoids is counted beside the inputs: pass (x, *additive_constants(output, x))")
     balancing = Balancing(is_call=True)
@@ -115,7 +117,7 @@ def balanced(
     check_outputs(outputs)
     balancing = Balancing(is_call=False)
     with explained_errors():
-        plan = supported_plan(outputs, as_tuple(inputs), rules, allow_unused=False)
+        plan = supported_plan(outputs, [x for x in as_tuple(inputs) if not isinstance(x, Half)], rules, False)
         with innermost_of_thread(balancing), installed(plan, [o.grad_fn for o in outputs], balancing):
             yield
 
@@ -257,7 +259,7 @@ def hook_up(node: Node, treatment: Treatment, balancing: Balancing, handles: lis
         if repair is None:
             return grad_inputs
         if not isinstance(repair, Repair):
-            return repair(node, grad_inputs, grad_outputs)
+            return checked_gradients(node, repair(node, grad_inputs, grad_outputs), grad_inputs)
         gradient = grad_outputs[0]
         return grad_inputs if answered or gradient is None else by_hook(repair, node, grad_inputs, gradient)
 
@@ -272,6 +274,19 @@ def hook_up(node: Node, treatment: Treatment, balancing: Balancing, handles: lis
         handles.append(node.register_prehook(before))
     if repair is not None or make_stand_in is not None:
         handles.append(node.register_hook(after))
+
+
+def checked_gradients(node: Node, mine: Gradients, plain: Gradients) -> Gradients:
+    """What a function taught by register_rule returned, held against what PyTorch's own derivative did."""
+    alike = isinstance(mine, tuple) and len(mine) == len(plain)
+    pairs = [(a, b) for a, b in zip(mine, plain, strict=False) if a is not None and b is not None]
+    if not alike or any(a.shape != b.shape for a, b in pairs):
+        shapes = tuple(None if gradient is None else tuple(gradient.shape) for gradient in plain)
+        raise ValueError(
+            f"the backward that register_rule was given for {operation_name(node)} must return a tuple of gradients "
+            f"of the shapes {shapes}"
+        )
+    return mine
 
 
 def stand_in_for(treatment: Treatment, is_call: bool) -> Callable[[Tensor], StandIn] | None:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import Node
 from torch.utils.checkpoint import CheckpointError
 
-from .nodes import Half, constant_factors, edge_of, is_custom, operation_name, saved
+from .nodes import Half, constant_factors, edge_of, is_custom, operation_name, result_shape, saved
 from .plan import SHARED, Plan, make_plan
 from .rules import Rules
 
@@ -47,6 +47,8 @@ def check_outputs(outputs: Sequence[Tensor]) -> None:
     if torch.is_inference_mode_enabled():
         raise ValueError("there are no gradients inside torch.inference_mode(): call from outside of it")
     for i, output in enumerate(outputs):
+        if output.is_complex():
+            raise ValueError(f"output {i} is complex: explain a real number, such as its real part or absolute value")
         if output.grad_fn is None:
             raise ValueError(
                 f"output {i} has no graph: compute it from inputs that require grad, outside torch.no_grad() and "
@@ -104,7 +106,7 @@ def check_eval_mode(node: Node) -> None:
     if drops_at_random(node, name):
         raise ValueError(
             f"{name} in the graph of the output: it looks as if dropout was active, so that the output is random. "
-            "Call model.eval() before the forward pass."
+            "Call model.eval() before the forward pass; a mask of your own that looks like one, clone()."
         )
 
 
@@ -113,16 +115,20 @@ def drops_at_random(node: Node, name: str) -> bool:
         return True
     if name == "RreluWithNoise":
         return saved(node, "training")
-    return any(is_dropout_mask(factor) for factor in constant_factors(node)) or is_dropped_path(node)
+    shape = result_shape(node)
+    return any(is_dropout_mask(factor, shape) for factor in constant_factors(node)) or is_dropped_path(node)
 
 
-def is_dropout_mask(factor: Tensor) -> bool:
+def is_dropout_mask(factor: Tensor, shape: Sequence[int]) -> bool:
     """Dropout on the CPU multiplies with a constant: empty memory, filled with a Bernoulli sample in place and scaled
     in place, of zeros and one other value, or a single value a sample where whole paths are dropped.
 
     A mask that somebody wrote down has seen no such two changes in place: that is what tells them apart.
     """
-    if factor._version != 2 or not factor.is_floating_point() or isinstance(factor, nn.Parameter) or not len(factor):
+    if factor._version != 2 or not factor.is_floating_point() or isinstance(factor, nn.Parameter) or not factor.numel():
+        return False
+    shapes = [(*shape[:dim], *[1] * (len(shape) - dim)) for dim in range(len(shape) + 1)]  # samples, channels, all
+    if tuple(factor.shape) not in shapes:
         return False
     largest = factor.max()
     two_valued = bool(((factor == 0) | (factor == largest)).all())
@@ -174,7 +180,8 @@ def checked_gradient(gradient: Tensor | None, tensor: Tensor, index: int, plan: 
         return torch.zeros_like(tensor)
     if gradient is None:
         return torch.zeros_like(tensor) if edge_of(tensor)[0] in plan.graph else None  # reached through constants only
-    if not torch.isfinite(gradient).all():
+    numbers = gradient.coalesce().values() if gradient.is_sparse else gradient
+    if not torch.isfinite(numbers).all():
         raise ValueError(
             f"the gradient of input {index} is not finite although the output is: the backward pass overflowed. Run "
             "the model in a wider dtype (float32 for float16)."

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from types import FunctionType
@@ -35,6 +36,10 @@ OPERATORS = (torch._ops.OpOverload, torch._ops.OpOverloadPacket)
 
 def packet(function: Callable) -> Callable:
     return getattr(function, "overloadpacket", function)
+
+
+def plain_name(function: Callable) -> str:
+    return function.__name__.removeprefix("special_").rstrip("_")
 
 
 def spellings(name: str) -> list[Callable]:
@@ -111,6 +116,7 @@ PRODUCTS_BY_NAME: dict[str, tuple[tuple[Place, Place], ...]] = {
         "linear conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d".split(),
         (((0, "input"), (1, "weight")),),
     ),
+    "bilinear": (((0, "input1"), (2, "weight")),),
     **dict.fromkeys("lstm_cell gru_cell rnn_tanh_cell rnn_relu_cell".split(), (((0, "input"), (2, "w_ih")),)),
 }
 PRODUCTS_THAT_ARE_ADDED = {function: pairs for name, pairs in PRODUCTS_BY_NAME.items() for function in spellings(name)}
@@ -123,8 +129,15 @@ IN_ONE_GO = {
 # max and min of two tensors; of one and a dimension they are reductions
 BINARY_OR_REDUCTION = {torch.max, torch.min, Tensor.max, Tensor.min}
 ADDITIONS = {torch.add, Tensor.add, Tensor.__add__, Tensor.__radd__, Tensor.add_, Tensor.__iadd__}
-KEPT_ARGUMENT = {function for name in ("tanh", "expm1") for function in spellings(name)}
-SIGMOIDS = {torch.sigmoid, Tensor.sigmoid, torch.special.expit}
+KEPT_ARGUMENT = ("tanh", "expm1")
+SIGMOIDS = ("sigmoid", "expit")
+SAVE_THEIR_RESULT = {function for name in (*KEPT_ARGUMENT, *SIGMOIDS) for function in spellings(name)}
+IN_PLACE = {
+    getattr(Tensor, name)
+    for name in dir(Tensor)
+    if re.fullmatch(r"[a-z]\w*_|__i(add|sub|mul|truediv|floordiv|mod|pow)__", name)
+    and name not in ("requires_grad_", "detach_")
+} | {Tensor.__setitem__}
 DROPOUTS = {
     getattr(F, name) for name in "dropout alpha_dropout dropout1d dropout2d dropout3d feature_alpha_dropout".split()
 }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from numbers import Number
 from typing import Any
 
 import torch
@@ -22,7 +23,7 @@ def is_live(value: Any) -> bool:
 
 
 def is_number(value: Any) -> bool:
-    return isinstance(value, int | float | complex)
+    return isinstance(value, Number)
 
 
 def is_nothing(value: Any) -> bool:
@@ -47,16 +48,17 @@ def leaves(value: Any, live: Tensor) -> Any:
         return type(value)(leaves(v, live) for v in value) if type(value) in (list, tuple) else value
     if is_number(value):
         return number_as_leaf(value, live) if value != 0 and math.isfinite(abs(value)) else value
-    if type(value) not in PLAIN_TENSORS or value.requires_grad or not value.numel():
+    if not is_plain_tensor(value) or value.requires_grad or not value.numel():
         return value
-    value = value.clone() if value.is_inference() else value.detach()
+    value = value.clone() if value.is_inference() else value.detach().as_subclass(Tensor)
     return versioned(value.to(torch.promote_types(value.dtype, live.dtype)))  # its gradient will be that precise
 
 
 def number_as_leaf(value: complex, live: Tensor) -> Tensor:
     """A tensor without dimensions, which takes part in an operation as the number would, rounded no more than it."""
     half = live.dtype in (torch.float16, torch.bfloat16) and live.dim() > 0
-    return versioned(torch.tensor(value, dtype=torch.float32 if half else live.dtype))
+    dtype = torch.float32 if half else torch.result_type(live, value)
+    return versioned(torch.tensor(value, dtype=dtype))
 
 
 def versioned(leaf: Tensor) -> Tensor:
@@ -70,7 +72,15 @@ def versioned(leaf: Tensor) -> Tensor:
     return leaf
 
 
-PLAIN_TENSORS = (Tensor, nn.Parameter, nn.Buffer)
+def is_plain_tensor(value: Any) -> bool:
+    """Its memory holds the numbers themselves: not sparse, nor a subclass with a behaviour of its own."""
+    if type(value) in (Tensor, nn.Parameter, nn.Buffer):
+        return value.layout == torch.strided
+    if not isinstance(value, Tensor) or not value.is_floating_point():
+        return False
+    function = getattr(type(value).__torch_function__, "__func__", type(value).__torch_function__)
+    usual = (Tensor.__torch_function__.__func__, torch._C._disabled_torch_function_impl)  # type: ignore[attr-defined]
+    return function in usual and type(value).__torch_dispatch__ is torch._C._disabled_torch_dispatch_impl
 
 
 def nothing_but_gradient(constant: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ import re
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -133,6 +133,21 @@ class Half(Tensor):
     """The constant 1/2 of sigmoids: no edge of the graph leads to it, so libra_grad counts what arrives at them."""
 
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
+
+
+class Seen(NamedTuple):
+    """A tensor as it was during the forward pass: the same memory, which may be written over afterwards."""
+
+    tensor: Tensor
+    version: int
+
+    @property
+    def unchanged(self) -> bool:
+        return self.tensor._version == self.version
+
+
+def seen(tensor: Tensor) -> Seen:
+    return Seen(tensor.detach(), tensor._version)
 
 
 def note(node: Node, name: str, value: Any) -> None:

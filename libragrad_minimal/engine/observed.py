@@ -11,6 +11,7 @@ another name. The forward pass computes what it always does.
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -25,17 +26,20 @@ from .functions import (
     BINARY_OR_REDUCTION,
     DROPOUTS,
     IN_ONE_GO,
+    IN_PLACE,
     KEPT_ARGUMENT,
     OPERATORS,
     RANDOM,
+    SAVE_THEIR_RESULT,
     SIGMOIDS,
     is_written_in_python,
     packet,
     places_that_add,
+    plain_name,
     step_by_step,
 )
-from .leaves import base_of, first_live, is_in_place, is_nothing, leaves, make_written_tensor_live, without_row
-from .nodes import ARGUMENT, HALF, OPERANDS, Half, note
+from .leaves import base_of, first_live, is_in_place, is_live, is_nothing, leaves, make_written_tensor_live, without_row
+from .nodes import ARGUMENT, HALF, OPERANDS, Half, Seen, note, seen
 from .plan import UnsupportedOperation
 from .rewritten import REWRITTEN
 
@@ -57,6 +61,16 @@ class observed(TorchFunctionMode):
         super().__init__()
         self.residuals = residuals
         self.half: Half | None = None
+        self.eager = contextlib.ExitStack()
+
+    def __enter__(self):
+        if "torch._dynamo" in sys.modules:  # else nothing is compiled
+            self.eager.enter_context(torch.compiler.set_stance("force_eager"))
+        return super().__enter__()
+
+    def __exit__(self, *exception):
+        super().__exit__(*exception)
+        self.eager.close()
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -66,6 +80,11 @@ class observed(TorchFunctionMode):
             with self:  # its steps, one by one
                 return step_by_step(function)(*args, **kwargs)
         check_eval_mode(function, args, kwargs)
+        if function in IN_PLACE and not torch.is_grad_enabled() and is_live(args[0]) and not args[0].is_leaf:
+            raise UnsupportedOperation(
+                f"{function.__name__} changed a tensor that depends on the inputs inside torch.no_grad(), of which no "
+                "graph tells: change it out of place"
+            )
         if function not in HANDLED and not isinstance(function, OPERATORS) or not torch.is_grad_enabled():
             return function(*args, **kwargs)
         live = first_live([*args, *kwargs.values()])
@@ -78,6 +97,7 @@ class observed(TorchFunctionMode):
             raise UnsupportedOperation(
                 f"{function.__name__} adds a constant of its own where nobody sees it: write it out, step by step"
             )
+        alpha_by_name(function, args, kwargs)
         function = packet(function)  # torch.ops.aten.add.Scalar wants a number, its packet chooses .Tensor
         held_zeros = is_in_place(function) and make_written_tensor_live(function, args)
         if function in REWRITTEN:
@@ -100,30 +120,37 @@ class observed(TorchFunctionMode):
     def run(self, function: Callable, args: list[Any], kwargs: dict[str, Any]) -> Any:
         """Runs it, and notes on its node what that doesn't save."""
         operands = self.operands(function, args, kwargs)
-        argument = args[0].detach() if function in KEPT_ARGUMENT and not is_in_place(function) else None
+        argument = None
+        if plain_name(function) in KEPT_ARGUMENT:
+            argument = seen(args[0].clone() if is_in_place(function) else args[0])
         result = function(*args, **kwargs)
         node = result.grad_fn if isinstance(result, Tensor) else None
         if node is not None and operands is not None:
             note(node, OPERANDS, operands)
         if node is not None and argument is not None:
             note(node, ARGUMENT, argument)
-        if node is not None and function in SIGMOIDS:
+        if node is not None and plain_name(function) in SIGMOIDS:
             note(node, HALF, self.one_half(result))
         return result
 
-    def operands(self, function: Callable, args: list[Any], kwargs: dict[str, Any]) -> tuple[Tensor, Tensor] | None:
+    def operands(self, function: Callable, args: list[Any], kwargs: dict[str, Any]) -> tuple[Seen, Seen] | None:
         """Both operands of an addition of two tensors of one shape."""
         adds_two = self.residuals and function in ADDITIONS and len(args) == 2 and kwargs.get("alpha", 1) == 1
         if not adds_two or not all(isinstance(a, Tensor) for a in args) or args[0].shape != args[1].shape:
             return None
-        first = args[0].detach()
-        return first.clone() if is_in_place(function) else first, args[1].detach()
+        return seen(args[0].clone() if is_in_place(function) else args[0]), seen(args[1])
 
     def one_half(self, like: Tensor) -> Half:
         if self.half is None:
             self.half = torch.tensor(0.5, dtype=like.dtype, device=like.device).as_subclass(Half)
             self.half.requires_grad_()
         return self.half
+
+
+def alpha_by_name(function: Callable, args: list[Any], kwargs: dict[str, Any]) -> None:
+    """x.add(2, y), and torch.rsub(x, 1, 2): only of a number, or in older programs, its factor goes by position."""
+    if len(args) == 3 and plain_name(function) in ("add", "sub", "rsub", "subtract"):
+        kwargs["alpha"] = args.pop(1 if isinstance(args[2], Tensor) else 2)
 
 
 def check_eval_mode(function: Callable, args: Sequence[Any], kwargs: dict[str, Any]) -> None:
@@ -148,8 +175,8 @@ def running_module() -> nn.Module | None:
     return None
 
 
-HANDLED = {*BINARY_OR_REDUCTION, *IN_ONE_GO, *ADDED, *REWRITTEN, *KEPT_ARGUMENT, *SIGMOIDS}
-NOTICED = {*HANDLED, *DROPOUTS, *RANDOM}
+HANDLED = {*BINARY_OR_REDUCTION, *IN_ONE_GO, *ADDED, *REWRITTEN, *SAVE_THEIR_RESULT}
+NOTICED = {*HANDLED, *IN_PLACE, *DROPOUTS, *RANDOM}
 
 
 def record_residuals() -> observed:

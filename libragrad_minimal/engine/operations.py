@@ -7,6 +7,7 @@ plays in plan.py, and for the offenders the formula (repairs.py) that mends them
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Literal, get_args
@@ -26,6 +27,7 @@ from .nodes import (
     operation_name,
     result_shape,
     saved,
+    short_name,
     signed,
 )
 from .rules import Rule
@@ -95,7 +97,7 @@ ReflectionPad2D ReplicationPad1D ReplicationPad2D AvgPool1D AvgPool2D AvgPool3D 
 MkldnnAdaptiveAvgPool2D MaxPool2DWithIndices MaxPool3DWithIndices AdaptiveMaxPool2D UpsampleNearest1D
 UpsampleNearest2D UpsampleNearest3D UpsampleNearestExact1D UpsampleNearestExact2D UpsampleNearestExact3D
 UpsampleLinear1D UpsampleBilinear2D UpsampleTrilinear3D UpsampleBicubic2D UpsampleBilinear2DAa UpsampleBicubic2DAa
-DiagEmbed PixelShuffle PixelUnshuffle Embedding Abs Max Min Amax Amin Cummax
+DiagEmbed PixelShuffle PixelUnshuffle Abs Max Min Amax Amin Cummax
 Cummin Maximum Minimum Fmax Fmin Sort Topk Kthvalue Median NanToNum ViewAsReal ViewAsComplex Real Imag Complex Conj
 BlockDiag Hardshrink ResolveConj FftR2C FftC2R FftC2C Fill Zero
 """.split()
@@ -192,7 +194,7 @@ GATES: dict[str, Entry] = {
 PRODUCTS: dict[str, Entry] = {
     name: Operation("product", "product", factors=factors)
     for names, factors in {
-        "Mul Mm Bmm Mv Dot GroupedMm Convolution Linear MkldnnLinear LinalgCross EmbeddingBag": (0, 1),
+        "Mul Mm Bmm Mv Dot GroupedMm Convolution Linear MkldnnLinear LinalgCross": (0, 1),
         "Addmm Baddbmm Addbmm Addmv Addcmul Addr": (1, 2),
     }.items()
     for name in names.split()
@@ -214,7 +216,30 @@ def power(node: Node) -> Operation | None:
 
 
 def scatter_reduce(node: Node) -> Operation | None:
-    return None if saved(node, "reduce") == "prod" else Operation("linear")
+    """PyTorch's derivative of a maximum shares with what was there before, excluded or not, where both are equal."""
+    if saved(node, "reduce") == "prod":
+        return None
+    if saved(node, "include_self") or saved(node, "reduce") not in ("amax", "amin"):
+        return Operation("linear")
+    before, result = saved(node, "self"), saved(node, "result")
+    written = torch.zeros_like(result).scatter(signed(saved(node, "dim")), saved(node, "index"), 1.0).bool()
+    return None if ((before == result) & written & (result != 0)).any() else Operation("linear")
+
+
+def every_row(node: Node, grad_inputs: Gradients, grad_outputs: Gradients) -> Gradients:
+    """PyTorch leaves the padding's row out, and may divide by how often a row was read."""
+    rows, (gradient,) = saved(node, "weight_sym_argsize_0"), grad_outputs
+    return (torch.ops.aten.embedding_dense_backward(gradient, saved(node, "indices"), rows, -1, False),)
+
+
+def embedding(node: Node) -> Operation:
+    padding = signed(saved(node, "padding_idx"))
+    usual = padding < 0 and not saved(node, "scale_grad_by_freq")
+    return Operation("linear", repair=None if usual else every_row)
+
+
+def embedding_bag(node: Node) -> Operation | None:
+    return None if saved(node, "scale_grad_by_freq") else Operation("product", "product")
 
 
 OPERATIONS: dict[str, Entry] = {
@@ -228,6 +253,8 @@ OPERATIONS: dict[str, Entry] = {
     **dict.fromkeys("PreluKernel GridSampler2D GridSampler3D".split(), Operation("linear", streams=(0,))),
     "Lerp": Operation("linear", streams=(0, 1)),
     "ScatterReduce": scatter_reduce,
+    "Embedding": embedding,
+    "EmbeddingBag": embedding_bag,
     "Div": division,
     "Addcdiv": Operation("division", "norm", streams=(0, 1)),
     **dict.fromkeys(["LinalgSolveTriangular", "LinalgSolveEx"], Operation("division", "norm", streams=(1,))),
@@ -320,12 +347,27 @@ def operation_of(node: Node) -> Operation | None:
     """The operation of one node, None if there is no rule for it."""
     name = operation_name(node)
     if is_custom(node):
-        function = function_class(node)
-        return CUSTOM.get(full_name(function)) or TAUGHT.get(function) or TAUGHT.get(name)
+        return CUSTOM.get(full_name(function_class(node))) or taught_operation(node)
     entry = OPERATIONS.get(name) if is_native(node) else None
-    if entry is None:
-        return TAUGHT.get(name)
-    return entry if isinstance(entry, Operation) else entry(node)
+    known = entry(node) if callable(entry) else entry
+    return known or taught_operation(node)
+
+
+def taught_operation(node: Node) -> Operation | None:
+    """What register_rule says of it."""
+    taught = TAUGHT.get(function_class(node)) if is_custom(node) else None
+    taught = taught or TAUGHT.get(operation_name(node))
+    count = len(node.next_functions)
+    if taught is not None and any(i >= count for i in (*(taught.streams or ()), *factors_of(taught))):
+        raise ValueError(
+            f"register_rule was told of operand {max((*(taught.streams or ()), *factors_of(taught)))} of "
+            f"{operation_name(node)}, which has {count}: count its tensors from 0"
+        )
+    return taught
+
+
+def factors_of(operation: Operation) -> tuple[int, ...]:
+    return operation.factors if operation.role == "product" else ()
 
 
 def register_rule(
@@ -353,8 +395,25 @@ def register_rule(
         factors: the two operands that a "product" multiplies.
         degree: the exponent of a "power".
     Raises:
-        ValueError: PyTorch's own operation of that name has a rule, or the role lacks what it needs.
+        ValueError: the class has a rule already, or what was said of it lacks something or contradicts itself.
     """
+    is_function = isinstance(operation, type) and issubclass(operation, torch.autograd.Function)
+    if not is_function and not (isinstance(operation, str) and short_name(operation) == operation):
+        raise ValueError(
+            f"{operation!r} is no operation: give the torch.autograd.Function, or its name as the refusal spells it, "
+            "without 'Backward'"
+        )
+    if rule is not None and rule not in get_args(Rule):
+        raise ValueError(f"{rule!r} is no rule; there are {', '.join(get_args(Rule))}")
+    if backward is not None and not callable(backward):
+        raise ValueError(f"backward is (node, grad_inputs, grad_outputs) -> grad_inputs, got {backward!r}")
+    if not isinstance(degree, int | float) or not math.isfinite(degree) or degree == 0:
+        raise ValueError(f"degree is the exponent, a number that isn't 0, got {degree!r}")
+    for name, operands in {"streams": streams or (), "factors": factors}.items():
+        if not isinstance(operands, tuple) or not all(isinstance(i, int) and i >= 0 for i in operands):
+            raise ValueError(f"{name} are numbers of operands, such as (0, 1), got {operands!r}")
+    if len(set(factors)) != 2:
+        raise ValueError(f"a product has two factors, got {factors!r}")
     if role not in get_args(Role):
         raise ValueError(f"{role!r} is no role; there are {', '.join(get_args(Role))}")
     known = CUSTOM.get(full_name(operation)) if isinstance(operation, type) else None

@@ -49,15 +49,15 @@ def celu(gradient: Tensor, x: Tensor, alpha: float) -> Tensor:
 
 
 def clamp(gradient: Tensor, x: Tensor, min: float | Tensor | None, max: float | Tensor | None) -> Tensor:
-    return secant(gradient, torch.clamp(x, min, max), x)  # type: ignore[arg-type]
+    return secant(gradient, torch.clamp(x, min, max), x).sum_to_size(x.shape)  # type: ignore[arg-type]
 
 
 def clamp_min(gradient: Tensor, x: Tensor, min: float | Tensor) -> Tensor:
-    return secant(gradient, x.clamp(min=min), x)
+    return secant(gradient, x.clamp(min=min), x).sum_to_size(x.shape)  # bounds may be of a larger shape
 
 
 def clamp_max(gradient: Tensor, x: Tensor, max: float | Tensor) -> Tensor:
-    return secant(gradient, x.clamp(max=max), x)
+    return secant(gradient, x.clamp(max=max), x).sum_to_size(x.shape)
 
 
 def hardtanh(gradient: Tensor, x: Tensor, min_val: float, max_val: float) -> Tensor:

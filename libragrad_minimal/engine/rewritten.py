@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .functions import spellings
-from .leaves import is_in_place, is_live, leaves, nothing_but_gradient, without_row
+from .leaves import is_in_place, is_live, is_number, leaves, nothing_but_gradient, without_row
 
 Arguments = dict[str, Any]
 
@@ -102,7 +102,7 @@ def written(function: Callable, live: Tensor, args: list[Any], kwargs: dict[str,
     whole, source = call["input"], call[key]
     slices_only = function is Tensor.__setitem__ and not names_elements(call["index"])
     if is_live(source) or call.get("accumulate") or "reduce" in call or slices_only:
-        call[key] = leaves(source, live)
+        call[key] = source if is_number(source) and "reduce" in call else leaves(source, live)
         call["input"] = whole if in_place else leaves(whole, live)
         by_position = [call[name] for name in parameters[: len(args)]]
         return function(*by_position, **{name: call[name] for name in kwargs})
@@ -124,12 +124,12 @@ def clamped(function: Callable, live: Tensor, args: list[Any], kwargs: dict[str,
     name = function.__name__.rstrip("_")
     of_one = {"clamp_min": ("input", "min"), "clamp_max": ("input", "max")}
     call = dict(zip(of_one.get(name, ("input", "min", "max", "inplace")), args, strict=False)) | kwargs
+    in_place = is_in_place(function) or call.get("inplace", False)
     x, (low, high) = call["input"], DEFAULT_BOUNDS[name]
     low, high = call.get("min", call.get("min_val", low)), call.get("max", call.get("max_val", high))
     if not (excludes_zero(low, 1) or excludes_zero(high, -1)):
         return function(*args, **kwargs)
-    in_place = is_in_place(function) or call.get("inplace", False)
-    result = x.clone() if in_place else x  # what they compare is saved
+    result = x.clone() if in_place else leaves(x, live)  # what they compare is saved
     result = result if low is None else torch.maximum(result, as_tensor(leaves(low, live), x))
     result = result if high is None else torch.minimum(result, as_tensor(leaves(high, live), x))
     return x.copy_(result) if in_place else result

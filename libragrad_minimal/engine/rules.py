@@ -32,6 +32,13 @@ class Rules:
     product: bool | Literal["hold"] = True
     residual: bool = False
 
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if not isinstance(value, bool) and (field.name, value) != ("attention", "halve"):
+                choices = 'True, False or "halve"' if field.name == "attention" else "True or False"
+                raise ValueError(f"the rule {field.name} is {choices}, got {value!r}")
+
     def without(self, *names: str) -> Rules:
         """The same rules with the named repairs switched off, e.g. `LIBRA.without("norm")`."""
         known = {field.name for field in fields(self)}

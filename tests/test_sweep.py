@@ -1,0 +1,204 @@
+"""The sweep: a fixed sample of every kind of model; it tells what is wrong, goes on, and stays in its bounds."""
+
+import csv
+
+import pytest
+import torch
+from torch import nn
+
+from libragrad_minimal import sweep as sweeping
+from libragrad_minimal import zoo
+from libragrad_minimal.__main__ import main
+from libragrad_minimal.sweep import (
+    COLUMNS,
+    Bounds,
+    Table,
+    judge_attribute,
+    judge_engine,
+    read,
+    summary,
+    sweep,
+    verdicts,
+)
+from libragrad_minimal.zoo import Case, build, registered
+
+SAMPLE = {
+    "timm": ["test_vit", "vit_tiny_patch16_224", "pit_ti_224", "mixer_s32_224", "test_mambaout", "cait_xxs24_224"],
+    "transformers": [
+        "decoder llama",
+        "decoder gpt2",
+        "decoder mamba",
+        "classifier bert",
+        "masked albert",
+        "encoder-decoder t5",
+        "speech whisper",
+        "audio wav2vec2",
+        "tower dinov2",
+        "vision vit",
+        "segmentation segformer",
+        "pair siglip",
+        "vision-language llava",
+        "vision-language qwen2_5_vl",
+        "vision-language smolvlm",
+    ],
+    "open_clip": ["ViT-B-32 picture", "ViT-B-32 text"],
+}
+
+
+@pytest.mark.parametrize(("library", "name"), [(library, name) for library in SAMPLE for name in SAMPLE[library]])
+def test_sample(library, name):
+    row = verdicts(library, name)
+    assert (row["engine"], row["attribute"]) == ("complete", "complete"), row
+
+
+def test_every_name_of_the_sample_is_registered():
+    for library, names in SAMPLE.items():
+        assert set(names) <= set(registered(library))
+
+
+# ---- does it find what is wrong? -------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def small_vit():
+    return build("timm", "test_vit")
+
+
+def test_engine_that_misses_constants_is_wrong(small_vit, monkeypatch):
+    monkeypatch.setattr(sweeping, "additive_constants", lambda output, inputs: ())
+    assert judge_engine(small_vit, [])[""] == "wrong"
+
+
+def altered(monkeypatch, **changes):
+    original = sweeping.attribute
+
+    def attribute(*args, **kwargs):
+        result = original(*args, **kwargs)
+        return sweeping.replace(result, **{name: change(getattr(result, name)) for name, change in changes.items()})
+
+    monkeypatch.setattr(sweeping, "attribute", attribute)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"completeness_error": lambda error: error + 1},
+        {"scores": lambda scores: scores * torch.nan},
+        {"output": lambda output: output + 1},
+    ],
+    ids=["incomplete", "not finite", "another number"],
+)
+def test_attribution_that_is_wrong(small_vit, monkeypatch, changes):
+    number = []
+    judge_engine(small_vit, number)
+    assert judge_attribute(small_vit, number)[""] == "complete"
+    altered(monkeypatch, **changes)
+    assert judge_attribute(small_vit, number)[""] == "wrong"
+
+
+def test_map_that_lies_wrong(small_vit, monkeypatch):
+    original = sweeping.layout_of
+
+    def mirrored(*args):
+        layout = original(*args)
+        return sweeping.replace(layout, place=layout.place.flip(0))
+
+    assert sweeping.misplaced(small_vit) == ""
+    monkeypatch.setattr(sweeping, "layout_of", mirrored)
+    assert "changing cell" in sweeping.misplaced(small_vit)
+
+
+class Raises(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.blocks = nn.ModuleList([nn.TransformerEncoderLayer(8, 2, 8, batch_first=True)])
+
+    def forward(self, x):
+        raise IndexError("from deep inside")
+
+
+def test_raw_exceptions_are_no_refusals(monkeypatch):
+    monkeypatch.setattr(sweeping, "build", lambda library, name: Case("odd", Raises().eval(), torch.randn(1, 3, 8)))
+    row = verdicts("timm", "odd")
+    assert (row["engine"], row["attribute"]) == ("raw exception", "raw exception")
+    assert "from deep inside" in row["attribute_detail"]
+
+
+def test_refusals_say_why(monkeypatch):
+    case = Case("odd", nn.Sequential(nn.Linear(8, 8)).eval(), torch.randn(1, 8))
+    monkeypatch.setattr(sweeping, "build", lambda library, name: case)
+    row = verdicts("timm", "odd")
+    assert (row["engine"], row["attribute"]) == ("complete", "refused")
+    assert "has no list of blocks" in row["attribute_detail"]
+
+
+# ---- the table -------------------------------------------------------------------------------------------------------
+
+
+def test_goes_on_where_it_was(tmp_path):
+    path = tmp_path / "table.csv"
+    sweep("timm", ["test_vit"], path)
+    (first,) = read(path)
+    assert (first["model"], first["engine"], first["attribute"], first["torch"]) == (
+        *("test_vit", "complete", "complete"),
+        torch.__version__,
+    )
+    with path.open("a") as file:
+        file.write("test_vit2,atten")  # killed within a row
+    sweep("timm", ["test_vit", "test_vit2"], path)
+    rows = read(path)
+    assert [row["model"] for row in rows] == ["test_vit", "test_vit2"]
+    assert rows[0] == first
+
+
+def test_what_was_found_with_other_versions_is_found_anew(tmp_path):
+    path = tmp_path / "table.csv"
+    Table(path, "timm").add({"model": "test_vit"})
+    assert Table(path, "timm").done == {"test_vit"}
+    text = path.read_text().replace("timm ", "timm 0.")
+    path.write_text(text)
+    assert Table(path, "timm").done == set()
+
+
+@pytest.mark.parametrize(
+    ("bounds", "reason"),
+    [(Bounds(seconds=0), "took more than 0 s"), (Bounds(gigabytes=0.01), "needs more than 0.01 GB")],
+    ids=["time", "memory"],
+)
+def test_bounds(tmp_path, bounds, reason):
+    path = tmp_path / "table.csv"
+    sweep("timm", ["vit_tiny_patch16_224"], path, bounds=bounds)
+    (row,) = read(path)
+    assert (row["engine"], row["engine_detail"]) == ("not run", reason)
+
+
+def test_models_that_mix_nothing_are_not_asked():
+    assert zoo.NOTHING_MIXED in verdicts("timm", "test_resnet")["engine_detail"]
+
+
+def test_summary():
+    rows = [dict.fromkeys(COLUMNS, "") | {"kind": kind} for kind in ("a", "a", "b", "b")]
+    for row, engine, attribute in zip(
+        rows, ("complete", "complete", "complete", "not built"), ("complete", "refused", "wrong", ""), strict=True
+    ):
+        row.update(engine=engine, attribute=attribute)
+    assert summary(rows).splitlines()[-1].split() == ["all", "3", "3", "1", "(33%)", "1", "0", "0", "1"]
+
+
+# ---- the command -----------------------------------------------------------------------------------------------------
+
+
+def test_command(tmp_path, capsys):
+    assert main(["sweep", "timm", "--pattern", "test_vit", "-o", str(tmp_path)]) == 0
+    with (tmp_path / "sweep_timm.csv").open(newline="") as file:
+        assert [row["model"] for row in csv.DictReader(file)] == ["test_vit"]
+    assert "attribute complete" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [(["--pattern", "nothing*"], "no model that matches"), (["-o", "/nowhere/table.csv"], "doesn't exist")],
+)
+def test_bad_arguments(arguments, said, capsys):
+    assert main(["sweep", "timm", *arguments]) == 2
+    assert said in capsys.readouterr().err
