@@ -6,6 +6,7 @@ from dataclasses import dataclass, fields, replace
 from typing import Literal
 
 Rule = Literal["attention", "activation", "norm", "product"]
+OTHER_FORMS = {"attention": "halve", "product": "hold"}  # of a repair, beside on and off
 
 
 @dataclass(frozen=True)
@@ -34,9 +35,9 @@ class Rules:
 
     def __post_init__(self) -> None:
         for field in fields(self):
-            value = getattr(self, field.name)
-            if not isinstance(value, bool) and (field.name, value) != ("attention", "halve"):
-                choices = 'True, False or "halve"' if field.name == "attention" else "True or False"
+            value, other = getattr(self, field.name), OTHER_FORMS.get(field.name)
+            if not isinstance(value, bool) and (other is None or value != other):
+                choices = "True or False" if other is None else f'True, False or "{other}"'
                 raise ValueError(f"the rule {field.name} is {choices}, got {value!r}")
 
     def without(self, *names: str) -> Rules:
