@@ -5,9 +5,11 @@
     python data/gallery.py prompts  # the demo CLIP on 200 GlyphScenes      -> data/gallery_prompts.npz
     python data/gallery.py text     # the demo Llama on 100 questions       -> data/gallery_text.npz
 
-Each file holds names, "method | rules | metric", and values (names, pictures). A run that was stopped goes on where it
-was. Explained is, in pictures, the class of the two that has the higher logit; in text the predicted token. For CLIP
-the classes are 72 prompts, "a red heart", and the logits the similarities.
+Each file holds names, "method | rules | metric", and values (names, pictures). Deletion is measured by two protocols,
+and a metric of it bears the protocol's name: "SRG, occlude patches" at 10, 30 ... 90 % of the patches and the untouched
+picture, "SRG, drop tokens" (of texts "SRG, mask tokens") as the authors do it, at 10, 20, ... 90 %. A run that was
+stopped goes on where it was. Explained is, in pictures, the class of the two that has the higher logit; in text the
+predicted token. For CLIP the classes are 72 prompts, "a red heart", and the logits the similarities.
 """
 
 import argparse
@@ -25,9 +27,13 @@ from sklearn.metrics import average_precision_score
 from torch import Tensor
 from tqdm import trange
 
-from libragrad_minimal import ATTN_LRP, LIBRA, PLAIN
-from libragrad_minimal.attribution import COMPOSED_WITH_IG, attribute_many
+from libragrad_minimal import ALI_LRP, ATTN_LRP, CP_LRP, DECOMPX, LIBRA, METHODS, PLAIN
+from libragrad_minimal.attribution import attribute_many
+from libragrad_minimal.dropping import drop_tokens, dropping
+from libragrad_minimal.methods import uses_gradients
 from libragrad_minimal.metrics import (
+    AUTHORS_PROTOCOL,
+    Deletion,
     deletion,
     grid_pointing_game,
     mask_tokens,
@@ -44,28 +50,16 @@ from libragrad_minimal.scenes import CLASSES, COLOURS, draw_scene
 FOLDER = Path(__file__).parent
 VIT_TINY = "vit_tiny_patch16_224.augreg_in21k_ft_in1k"
 
-WITHOUT_GRADIENTS = {"RawAtt": {}, "Attention Rollout": {}, "Random": {}}
-WITH_GRADIENTS = {
-    "IxG": {},
-    "FullGrad": {},
-    "FullGrad+": {},
-    "HiResCAM": {},
-    "GradCAM+": {},
-    "XGradCAM+": {},
-    "AttCAT": {},
-    "GenAtt": {},
-    "TokenTM": {},
-    "Gradient Attention Rollout": {},
-    "LeGrad": {},
-    "SmoothGrad": {},
-    "IG": {},
-    **{f"IG {method}": {} for method in COMPOSED_WITH_IG},
-}
-FEW = {"IxG": {}, "FullGrad+": {}}
-RUNS = {  # rules -> which methods, with their options
-    "plain": (PLAIN, WITH_GRADIENTS | WITHOUT_GRADIENTS),
+MEASURED = [method for method in METHODS if not method.startswith("SmoothGrad ")]  # those take an hour more
+WITH_GRADIENTS = [method for method in MEASURED if uses_gradients(method)]
+FEW = ["IxG", "FullGrad", "FullGrad+"]
+RUNS = {  # rules -> which methods
+    "plain": (PLAIN, MEASURED),
     "Libra": (LIBRA, WITH_GRADIENTS),
     "AttnLRP": (ATTN_LRP, FEW),
+    "AliLRP": (ALI_LRP, FEW),
+    "CP-LRP": (CP_LRP, FEW),
+    "DecompX": (DECOMPX, FEW),
     "residual-aware Libra": (replace(LIBRA, residual=True), FEW),
 }
 FUSIONS = ("mean", "max", "min")
@@ -135,12 +129,18 @@ def measure_pictures(loaded: LoadedModel, pictures: list[Picture], sweep: bool =
         measured[f"{name} | completeness error"] = results[name].completeness_error
         if masks[0].float().mean() == 0.5:  # two photographs side by side
             measured[f"{name} | grid pointing game"] = grid_pointing_game(scores, stronger, grid=(1, 2))
-    deleted = deletion(
-        answer, images, in_table, occlude_patches, target=explained, labels=explained, fractions=FRACTIONS
-    )
-    for name, curves in deleted.items():
-        measured |= {f"{name} | {metric}": values for metric, values in curves.summary().items()}
-    return measured
+    asked = {"target": explained, "labels": explained}
+    painted = deletion(answer, images, in_table, occlude_patches, fractions=FRACTIONS, **asked)
+    dropped = deletion(dropping(loaded.model, answer), images, in_table, drop_tokens, **AUTHORS_PROTOCOL, **asked)
+    return measured | summaries(painted) | summaries(dropped)
+
+
+def summaries(deleted: dict[str, Deletion]) -> dict[str, Tensor]:
+    return {
+        f"{name} | {metric}, {curves.protocol}": values
+        for name, curves in deleted.items()
+        for metric, values in curves.summary().items()
+    }
 
 
 def measure_text(llama: LoadedModel, questions: list[dict]) -> dict[str, Tensor]:
@@ -159,11 +159,12 @@ def measure_text(llama: LoadedModel, questions: list[dict]) -> dict[str, Tensor]
             for method, result in attribute_many(llama.model, ids, predicted, methods, rules).items():
                 results[f"{method} | {name}"] = result.scores
         answer = lambda inputs: llama.model(**inputs).logits[:, -1]  # noqa: E731
-        deleted = deletion(answer, ids, results, mask_tokens, removable=removable)
+        found = summaries(deletion(answer, ids, results, mask_tokens, removable=removable, **AUTHORS_PROTOCOL))
         for name, scores in results.items():
             ranked = average_precision_score(evidence[1:-1], scores[0, 1:-1])
-            for metric, values in (deleted[name].summary() | {"evidence AP": torch.tensor([ranked])}).items():
-                measured[f"{name} | {metric}"].append(values)
+            found[f"{name} | evidence AP"] = torch.tensor([ranked])
+        for name, values in found.items():
+            measured[name].append(values)
     return {name: torch.cat(values) for name, values in measured.items()}
 
 

@@ -15,8 +15,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .attribution import METHODS, Attribution, attribute
-from .engine import ALI_LRP, ATTN_LRP, DECOMPX, LIBRA, PLAIN, Audit, audit
+from .attribution import Attribution, attribute
+from .engine import ALI_LRP, ATTN_LRP, CP_LRP, DECOMPX, LIBRA, PLAIN, Audit, Rules, audit
+from .methods import METHODS
 
 
 def refuse(error: ModuleNotFoundError) -> int:
@@ -48,6 +49,7 @@ RULES = {
     "plain": PLAIN,
     "attn-lrp": ATTN_LRP,
     "ali-lrp": ALI_LRP,
+    "cp-lrp": CP_LRP,
     "decompx": DECOMPX,
     "residual": replace(LIBRA, residual=True),
 }
@@ -120,7 +122,7 @@ def parser() -> argparse.ArgumentParser:
 
     for sub, kind, suffix in ((image, "vit", "png"), (clip, "clip", "png"), (text, "llama", "html")):
         sub.add_argument("--method", default="FullGrad+", type=method_name, help=f"one of {', '.join(METHODS)}")
-        sub.add_argument("--rules", default="libra", choices=RULES, help="how gradients flow back (default: libra)")
+        sub.add_argument("--rules", choices=RULES, help="how gradients flow back (default: libra, for IG plain)")
         sub.add_argument(
             "--model", help=f"such as {REAL[kind]}; default: the small demo model shipped with this project"
         )
@@ -255,21 +257,26 @@ def demo_command(args: argparse.Namespace) -> int:
 
 
 def attribute_classes(
-    loaded: LoadedModel, pixels: Tensor, targets: list[int], method: str, rules: str, **options
+    loaded: LoadedModel, pixels: Tensor, targets: list[int], method: str, rules: str | None, **options
 ) -> Attribution:
     images = pixels.expand(len(targets), -1, -1, -1)
-    return attribute(loaded.model, images, torch.tensor(targets), method, RULES[rules], **options)
+    return attribute(loaded.model, images, torch.tensor(targets), method, named_rules(rules), **options)
 
 
-def attribute_phrases(loaded: LoadedModel, pixels: Tensor, prompts: list[str], method: str, rules: str) -> Attribution:
-    result = attribute_prompts(loaded, pixels[None], prompts, method, RULES[rules], progress=sys.stderr.isatty())
-    maps = result.maps[0]
-    rows, columns = maps.shape[1:]
-    return Attribution(maps.flatten(1), result.similarity[0], result.completeness_error[0], (rows, columns))
+def attribute_phrases(
+    loaded: LoadedModel, pixels: Tensor, prompts: list[str], method: str, rules: str | None
+) -> Attribution:
+    result = attribute_prompts(loaded, pixels[None], prompts, method, named_rules(rules), progress=sys.stderr.isatty())
+    scores, output, error = (part[0] for part in (result.scores, result.output, result.completeness_error))
+    return replace(result, scores=scores, output=output, completeness_error=error)
+
+
+def named_rules(rules: str | None) -> Rules | None:
+    return None if rules is None else RULES[rules]
 
 
 def attribute_text(
-    loaded: LoadedModel, prompt: str, target: str | None, against: str | None, method: str, rules: str
+    loaded: LoadedModel, prompt: str, target: str | None, against: str | None, method: str, rules: str | None
 ) -> tuple[Strip, Attribution]:
     tokens = loaded.tokenizer(prompt, return_tensors="pt").to(loaded.model.device)
     inputs = {name: tokens[name] for name in ("input_ids", "attention_mask")}
@@ -287,8 +294,9 @@ def attribute_text(
         def explained(logits):
             return logits[:, chosen] - logits[:, other]
 
-    result = attribute(loaded.model, inputs, explained, method, RULES[rules], readout="last")
-    title += f" ({method}, {rules}; logit {'difference ' if against else ''}{result.output[0]:.2f})"
+    result = attribute(loaded.model, inputs, explained, method, named_rules(rules), readout="last")
+    name = next(name for name, known in RULES.items() if known == result.rules)
+    title += f" ({method}, {name}; logit {'difference ' if against else ''}{result.output[0]:.2f})"
     return Strip(token_texts(loaded.tokenizer, inputs["input_ids"][0]), result.scores[0].tolist(), title), result
 
 

@@ -1,14 +1,15 @@
 """How good is an attribution? Metrics for pictures and for text, tensors in and tensors out.
 
-Two families (Mehri et al. 2025, section 4; definitions as in the project's notes):
+Three families (Mehri et al. 2025, section 4; definitions as in the project's notes):
 
 - *where does it point?* segmentation AP, pointing game, mass inside the mask, grid pointing game;
-- *is it faithful?* deletion: take tokens away in the order of their scores and watch the model's answer.
+- *is it faithful?* deletion: take tokens away in the order of their scores and watch the model's answer;
+- *do two methods agree?* Kendall's rank correlation.
 
 Every metric returns one number per sample, so that `mean_and_error` can say how sure the average is.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
@@ -111,6 +112,39 @@ def pointing_game(scores: Tensor, masks: Tensor) -> Tensor:
     return masks.flatten(1).gather(1, highest)[:, 0].float()
 
 
+def iou(scores: Tensor, masks: Tensor, threshold: float | None = None) -> Tensor:
+    """Intersection over union of the object and the pixels whose upsampled score exceeds a threshold.
+
+    Args:
+        scores: (B, h, w).
+        masks: (B, H, W) bool, the object's pixels.
+        threshold: a score; default: each upsampled map's own mean (Chefer et al. 2021, segmentation tests).
+    Returns:
+        (B,) in [0, 1].
+    Raises:
+        ValueError: as `segmentation_ap`.
+    """
+    both, found, there = _found(scores, masks, threshold)
+    return both / (found + there - both)
+
+
+def f1(scores: Tensor, masks: Tensor, threshold: float | None = None) -> Tensor:
+    """Harmonic mean of precision and recall of the pixels whose upsampled score exceeds a threshold.
+
+    Arguments, result and errors are those of `iou`.
+    """
+    both, found, there = _found(scores, masks, threshold)
+    return 2 * both / (found + there)
+
+
+def _found(scores: Tensor, masks: Tensor, threshold: float | None) -> tuple[Tensor, Tensor, Tensor]:
+    """How many pixels are found on the object, found at all, and the object's, each (B,)."""
+    _check_maps(scores, masks)
+    fine = upsample(scores, masks.shape[-2:])
+    found = fine > (fine.mean((1, 2), keepdim=True) if threshold is None else threshold)
+    return tuple(pixels.flatten(1).sum(1).float() for pixels in (found & masks, found, masks))  # type: ignore[return-value]
+
+
 def mass_inside(scores: Tensor, masks: Tensor) -> Tensor:
     """Share of the positive attribution that falls on the object.
 
@@ -176,6 +210,8 @@ def _check_maps(scores: Tensor, masks: Tensor) -> None:
 # --- is it faithful? --------------------------------------------------------------------------------------------------
 
 FRACTIONS = tuple(tenth / 10 for tenth in range(1, 11))
+# The deletion of Mehri et al. 2025, with `drop_tokens` of dropping.py: deletion(..., **AUTHORS_PROTOCOL).
+AUTHORS_PROTOCOL: dict[str, Any] = {"fractions": FRACTIONS[:-1], "floor": True, "ends": False}
 PIXELS_AT_ONCE = 3 * 2**19  # ten pictures of 224x224: larger batches are slower on a CPU
 
 
@@ -191,17 +227,21 @@ class Curves(NamedTuple):
 class Deletion:
     """Both deletion curves of one attribution method: most (mif) and least (lif) influential tokens first."""
 
+    protocol: str  # how tokens are taken away: "occlude patches", "drop tokens", "mask tokens", ...
     fractions: Tensor  # (K + 1,) share of tokens taken away, beginning with 0
     mif: Curves
     lif: Curves
-    labels: Tensor | None  # (B,) ground truth
+    labels: Tensor | None = None  # (B,) ground truth
+    second: Tensor | None = None  # (B,) the class predicted second, if that is the target
+    ends: bool = True  # whether the untouched input counts in the means
 
     def summary(self) -> dict[str, Tensor]:
-        """Every deletion metric, each a mean over the K + 1 points of a curve.
+        """Every deletion metric, each a mean over the K + 1 points of a curve, or over K without the untouched input.
 
         - "MIF accuracy" 100 (1 - accuracy), "LIF accuracy" 100 accuracy, "SRG" the area between the two curves in
           percent: higher is better. Accuracy is measured against the label predicted for the untouched input, and with
-          " (true label)" against the ground truth if it was given.
+          " (true label)" against the ground truth if it was given, with " (second label)" against the class that was
+          predicted second if that is the target.
         - "SRG (logit)": the same area between the curves of the target's logit.
         - "MIF AOPC", "LIF AOPC": mean drop of the target's probability (Samek et al. 2017).
         - "MIF log-odds", "LIF log-odds": mean of log p(occluded) - log p(untouched), as the text literature has it.
@@ -210,18 +250,23 @@ class Deletion:
         Returns:
             Name -> one number per sample (B,).
         """
-        result = self._accuracies(self.mif.predicts[:, :1], "")
-        if self.labels is not None:
-            result |= self._accuracies(self.labels[:, None], " (true label)")
-        result["SRG (logit)"] = (self.lif.logit - self.mif.logit).mean(1)
+        result = self._accuracies(self.mif.predicts[:, 0], "")
+        for name, labels in {"true": self.labels, "second": self.second}.items():
+            if labels is not None:
+                result |= self._accuracies(labels, f" ({name} label)")
+        result["SRG (logit)"] = self._mean(self.lif.logit - self.mif.logit)
         for name, curves in {"MIF": self.mif, "LIF": self.lif}.items():
             probability = curves.log_probability.exp()
-            result[f"{name} AOPC"] = (probability[:, :1] - probability).mean(1)
-            result[f"{name} log-odds"] = (curves.log_probability - curves.log_probability[:, :1]).mean(1)
+            result[f"{name} AOPC"] = self._mean(probability[:, :1] - probability)
+            result[f"{name} log-odds"] = self._mean(curves.log_probability - curves.log_probability[:, :1])
         return result
 
+    def _mean(self, points: Tensor) -> Tensor:
+        """(B, K + 1) -> (B,)."""
+        return (points if self.ends else points[:, 1:]).mean(1)
+
     def _accuracies(self, labels: Tensor, suffix: str) -> dict[str, Tensor]:
-        mif, lif = (100 * (curves.predicts == labels).float().mean(1) for curves in (self.mif, self.lif))
+        mif, lif = (100 * self._mean((curves.predicts == labels[:, None]).float()) for curves in (self.mif, self.lif))
         return {f"MIF accuracy{suffix}": 100 - mif, f"LIF accuracy{suffix}": lif, f"SRG{suffix}": lif - mif}
 
 
@@ -232,11 +277,13 @@ def deletion(
     scores: dict[str, Tensor],
     occlude: Callable[[Tensor, Tensor], Any],
     *,
-    target: Tensor | None = None,
+    target: Tensor | str = "predicted",
     labels: Tensor | None = None,
     removable: Tensor | None = None,
     attention_mask: Tensor | None = None,
     fractions: tuple[float, ...] = FRACTIONS,
+    floor: bool = False,
+    ends: bool = True,
     batch_size: int | None = None,
 ) -> dict[str, Deletion]:
     """Take tokens away in falling (MIF) and rising (LIF) order of score and record the model's answer.
@@ -248,12 +295,16 @@ def deletion(
         inputs: (B, ...) pictures, token ids, ...
         scores: method name -> (B, T) or (B, h, w), one score per token.
         occlude: (inputs (N, ...), keep (N, T) bool) -> the inputs with the other tokens taken away:
-            `occlude_patches`, `replace_tokens`, `mask_tokens`, `remove_tokens` or your own.
-        target: (B,) class whose logit and probability are followed; default: the predicted class.
+            `occlude_patches`, `replace_tokens`, `mask_tokens`, `remove_tokens`, `drop_tokens` or your own. Its name is
+            the protocol's.
+        target: (B,) class whose logit and probability are followed, or "predicted", "second" or "true", as
+            `target_class`.
         labels: (B,) ground truth, for the accuracies against it.
         removable: (B, T) bool; False for tokens that always stay, such as the first. Default: all may go.
         attention_mask: (B, T); 0 for padding, which is never there and doesn't count. Default: no padding.
         fractions: shares of the removable tokens to take away; 0 is always measured.
+        floor: round the number of tokens to take away down instead of to the nearest.
+        ends: count the untouched input in the means of `Deletion.summary`.
         batch_size: how many copies the model sees at once; default: up to 128, fewer if they are large pictures.
     Returns:
         Method name -> its two curves.
@@ -263,17 +314,24 @@ def deletion(
     scores = {name: values.detach().flatten(1).to(inputs.device) for name, values in scores.items()}
     present, removable = _check_deletion(inputs, scores, removable, attention_mask, fractions)
     batch_size = batch_size or min(128, max(8, PIXELS_AT_ONCE // inputs[0].numel()))
-    answer = partial(_answers, model_fn, inputs, occlude, batch_size=batch_size)
+    logits = partial(_logits, model_fn, inputs, occlude, batch_size=batch_size)
 
     sample = torch.arange(len(inputs), device=inputs.device)
-    untouched = answer(sample, present, target)
-    target = untouched.predicts if target is None else target.to(inputs.device)
+    whole = torch.cat([part for _, part in logits(sample, present)])
+    followed = target_class(whole, target, labels) if isinstance(target, str) else target.to(inputs.device)
+    untouched = _answers(whole, followed)
 
-    keep = torch.stack([_keep(sign * values, removable, fractions) for values in scores.values() for sign in (1, -1)])
+    cut = partial(_keep, removable=removable, fractions=fractions, floor=floor)
+    keep = torch.stack([cut(sign * values) for values in scores.values() for sign in (1, -1)])
     keep &= present[:, None]
     copies = torch.cat([sample[None, :, None, None].expand(*keep.shape[:3], 1), keep.int()], dim=-1)
     distinct, origin = copies.flatten(0, 2).unique(dim=0, return_inverse=True)
-    occluded = answer(distinct[:, 0], distinct[:, 1:].bool(), target[distinct[:, 0]])
+    by_length = distinct[:, 1:].sum(1).argsort(stable=True)  # so that texts or streams of one batch are equally long
+    distinct, origin = distinct[by_length], by_length.argsort()[origin]
+    parts = [
+        _answers(part, followed[distinct[some, 0]]) for some, part in logits(distinct[:, 0], distinct[:, 1:].bool())
+    ]
+    occluded = [torch.cat(column) for column in zip(*parts, strict=True)]
 
     def curves(run: int) -> Curves:
         points = origin.unflatten(0, keep.shape[:3])[run]
@@ -281,37 +339,67 @@ def deletion(
             *(torch.cat([first[:, None], rest[points]], 1) for first, rest in zip(untouched, occluded, strict=True))
         )
 
-    share = torch.tensor([0.0, *fractions])
-    return {name: Deletion(share, curves(2 * i), curves(2 * i + 1), labels) for i, name in enumerate(scores)}
+    share, second = (
+        torch.tensor([0.0, *fractions]),
+        followed if isinstance(target, str) and target == "second" else None,
+    )
+    return {
+        name: Deletion(protocol_name(occlude), share, curves(2 * i), curves(2 * i + 1), labels, second, ends)
+        for i, name in enumerate(scores)
+    }
 
 
-def _keep(scores: Tensor, removable: Tensor, fractions: tuple[float, ...]) -> Tensor:
+def protocol_name(occlude: Callable) -> str:
+    """How an `occlude` takes tokens away, in words: "occlude patches"."""
+    while isinstance(occlude, partial):
+        occlude = occlude.func
+    return getattr(occlude, "__name__", type(occlude).__name__).replace("_", " ")
+
+
+def target_class(logits: Tensor, which: str, labels: Tensor | None = None) -> Tensor:
+    """The class that is explained, and followed in deletion.
+
+    Args:
+        logits: (B, classes) of the untouched inputs.
+        which: "predicted", "second" (predicted second), or "true", which needs the labels (B,).
+    Returns:
+        (B,).
+    Raises:
+        ValueError: another word, or no labels.
+    """
+    if which in ("predicted", "second"):
+        return logits.topk(2, dim=1).indices[:, ("predicted", "second").index(which)]
+    if which != "true":
+        raise ValueError(f"unknown target {which!r}; there are predicted, second and true, or give (B,) classes")
+    if labels is None:
+        raise ValueError("the true class is asked for: give labels")
+    return labels.to(logits.device)
+
+
+def _keep(scores: Tensor, removable: Tensor, fractions: tuple[float, ...], floor: bool) -> Tensor:
     """Scores (B, T) -> which tokens stay (B, K, T) when each fraction of the highest removable ones is taken away."""
     order = scores.masked_fill(~removable, -torch.inf).argsort(dim=1, descending=True, stable=True)
     rank = order.argsort(dim=1)
-    gone = (removable.sum(1, keepdim=True) * torch.tensor(fractions, dtype=torch.double, device=scores.device)).round()
+    gone = removable.sum(1, keepdim=True) * torch.tensor(fractions, dtype=torch.double, device=scores.device)
+    gone = (gone + 1e-9).floor() if floor else gone.round()
     return rank[:, None] >= gone[:, :, None]
 
 
-def _answers(
-    model_fn: Callable,
-    inputs: Tensor,
-    occlude: Callable,
-    sample: Tensor,
-    keep: Tensor,
-    target: Tensor | None,
-    batch_size: int,
-) -> Curves:
-    """The model's answers to occluded copies: sample (N,) says of which input, keep (N, T) what stays; each (N,)."""
-    parts = []
+def _logits(
+    model_fn: Callable, inputs: Tensor, occlude: Callable, sample: Tensor, keep: Tensor, batch_size: int
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """The model's logits for occluded copies, sample (N,) of which input, keep (N, T) what stays: which, and theirs."""
     for chunk in tqdm(torch.arange(len(sample), device=sample.device).split(batch_size), "deletion", disable=None):
         logits = model_fn(occlude(inputs[sample[chunk]], keep[chunk])).float()
         if logits.shape[:-1] != chunk.shape:
             raise ValueError(f"model_fn must return logits ({len(chunk)}, classes), got {tuple(logits.shape)}")
-        predicts = logits.argmax(1)
-        followed = (predicts if target is None else target[chunk])[:, None]
-        parts.append((logits.gather(1, followed)[:, 0], logits.log_softmax(1).gather(1, followed)[:, 0], predicts))
-    return Curves(*(torch.cat(part) for part in zip(*parts, strict=True)))
+        yield chunk, logits
+
+
+def _answers(logits: Tensor, followed: Tensor) -> Curves:
+    """Logits (N, classes) -> what is noted of them, each (N,)."""
+    column = followed[:, None]
+    return Curves(logits.gather(1, column)[:, 0], logits.log_softmax(1).gather(1, column)[:, 0], logits.argmax(1))
 
 
 def _check_deletion(
@@ -407,3 +495,31 @@ def remove_tokens(ids: Tensor, keep: Tensor, pad_id: int = 0) -> dict[str, Tenso
     kept = keep.gather(1, order).long()
     shifted = ids.gather(1, order).where(kept.bool(), pad_id)
     return {"input_ids": shifted, "attention_mask": kept, "position_ids": (kept.cumsum(1) - 1).clamp(min=0)}
+
+
+# --- do two methods agree? --------------------------------------------------------------------------------------------
+
+
+def kendall_correlation(scores: dict[str, Tensor]) -> Tensor:
+    """Kendall's tau-b between the orders in which methods rank the tokens of a sample.
+
+    Args:
+        scores: method name -> (B, T) or (B, h, w).
+    Returns:
+        (B, M, M) for M methods, in [-1, 1]: share of pairs of tokens in the same order less share in the other, among
+        the pairs that neither of the two ties; NaN for a method that ties all.
+    Raises:
+        ValueError: no scores, or scores of different shapes.
+    """
+    if not scores or len({values.shape for values in scores.values()}) > 1:
+        shapes = {name: tuple(values.shape) for name, values in scores.items()}
+        raise ValueError(f"need scores of several methods of one shape (B, T), got {shapes}")
+    stacked = torch.stack([values.detach().flatten(1) for values in scores.values()], dim=1)
+    first, second = torch.triu_indices(stacked.shape[2], stacked.shape[2], offset=1, device=stacked.device)
+
+    def one_sample(ranked: Tensor) -> Tensor:
+        order = (ranked[:, first] - ranked[:, second]).sign().double()
+        untied = order.abs().sum(1)
+        return order @ order.T / (untied[:, None] * untied).sqrt()
+
+    return torch.stack([one_sample(ranked) for ranked in stacked]).float()

@@ -2,8 +2,8 @@
 
 import warnings
 from bisect import bisect_left
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -12,22 +12,12 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
-from .attribution import attribution, check_method, reads_of
-from .engine import LIBRA, Rules
+from .attribution import Attribution, attribution
+from .engine import Rules
 from .families import Inputs
+from .methods import check_method, default_rules, reads_of
 from .models import LoadedModel
 from .recording import GRAPH, Request, record
-
-
-@dataclass(frozen=True)
-class PromptAttribution:
-    """What each patch of B pictures contributed to its similarity to each of P prompts."""
-
-    maps: Tensor  # (B, P, rows, columns), signed
-    similarity: Tensor  # (B, P) cosine times the logit scale
-    completeness_error: (
-        Tensor  # (B, P) |similarity - all attributions|; NaN for methods that don't promise completeness
-    )
 
 
 def attribute_prompts(
@@ -35,22 +25,23 @@ def attribute_prompts(
     images: Tensor,
     prompts: Sequence[str] | str,
     method: str = "FullGrad+",
-    rules: Rules = LIBRA,
+    rules: Rules | None = None,
     batch_size: int = 32,
     progress: bool = True,
-) -> PromptAttribution:
+) -> Attribution:
     """Every picture with every prompt: one forward pass a batch of pictures, one backward pass a prompt.
 
     Args:
         loaded: from load_demo("clip") or load_pretrained("clip", name).
         images: (B, 3, H, W) from loaded.transform.
         prompts: P sentences.
-        method: a key of attribution.METHODS.
-        rules: LIBRA, PLAIN, ...: how gradients flow back.
+        method: a key of METHODS.
+        rules: PLAIN, LIBRA, ...: how gradients flow back; default as in `attribute`.
         batch_size: pictures in one forward pass.
         progress: show a bar on stderr.
     Returns:
-        Maps (B, P, rows, columns), similarities and completeness errors (B, P).
+        An Attribution of the similarities (B, P), cosine times the logit scale: scores (B, P, patches) and maps
+        (B, P, rows, columns).
     Raises:
         ValueError: an empty prompt or an unknown method.
         UnsupportedOperation: as libra_grad does.
@@ -62,15 +53,26 @@ def attribute_prompts(
     results = []
     for batch in batches:
         columns = []
-        for result in _each_prompt(loaded, batch, texts, method, rules):
+        for result in _each_prompt(loaded, batch, texts, method, rules or default_rules(method)):
             columns.append(result)
             bar.update(len(batch))
-        results.append([torch.stack(parts, dim=1) for parts in zip(*columns, strict=True)])
+        results.append(columns)
     bar.close()
-    return PromptAttribution(*(torch.cat(parts) for parts in zip(*results, strict=True)))
+
+    def joined(part: Callable[[Attribution], Tensor]) -> Tensor:
+        return torch.cat([torch.stack([part(column) for column in columns], dim=1) for columns in results])
+
+    return replace(
+        results[0][0],
+        scores=joined(lambda one: one.scores),
+        output=joined(lambda one: one.output),
+        completeness_error=joined(lambda one: one.completeness_error),
+    )
 
 
-def _each_prompt(loaded: LoadedModel, images: Tensor, texts: Tensor, method: str, rules: Rules):
+def _each_prompt(
+    loaded: LoadedModel, images: Tensor, texts: Tensor, method: str, rules: Rules
+) -> Iterator[Attribution]:
     features = []
 
     def keep(answer: Tensor) -> Tensor:
@@ -82,8 +84,7 @@ def _each_prompt(loaded: LoadedModel, images: Tensor, texts: Tensor, method: str
     for text in texts:
         asked = replace(request, target=text)
         run = replace(shared, output=features[0] @ text, request=asked, rerun=partial(record, asked))
-        result = attribution(run, method, {})
-        yield result.maps, result.output, result.completeness_error
+        yield attribution(run, method, {})
 
 
 @torch.no_grad()

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from . import targets
 from .families import Inputs, accepts, embedding_of, generates, name_of
 
 CHOICES = (
@@ -164,6 +165,8 @@ def chosen_class(answer: Tensor, target: Any) -> Tensor:
         raise ValueError(
             f"there is no target: give one of {classes} classes, weights for them, or a function of the answer"
         )
+    if isinstance(target, targets.Probability | targets.Against):
+        return target.of(answer)
     weights = torch.as_tensor(target, device=answer.device)
     if weights.is_floating_point():
         if weights.shape not in ((classes,), (samples, classes)):
@@ -172,13 +175,7 @@ def chosen_class(answer: Tensor, target: Any) -> Tensor:
                 f"got shape {tuple(weights.shape)}"
             )
         return (answer * weights.to(answer.dtype)).sum(-1)
-    if weights.dim() > 1 or weights.dim() == 1 and len(weights) != samples:
-        raise ValueError(
-            f"need one target class, or one for each of {samples} samples; got shape {tuple(weights.shape)}"
-        )
-    if not 0 <= weights.min() <= weights.max() < classes:
-        raise ValueError(f"target classes must lie in 0..{classes - 1}, got {weights.tolist()}")
-    return answer.gather(1, weights.long().expand(samples)[:, None])[:, 0]
+    return answer.gather(1, targets.classes(weights, answer))[:, 0]
 
 
 def check_readout(readout: Any) -> None:
@@ -201,6 +198,8 @@ def check_target(target: Any) -> None:
         raise ValueError(f"the target is a word, {target!r}: give the number of the class or of the token")
     if callable(target) or target is None:
         return
+    if isinstance(target, targets.Probability | targets.Against):
+        target = target.target
     if isinstance(target, bool) or isinstance(target, Tensor) and target.dtype == torch.bool:
         raise ValueError("the target is boolean: give the class's number, or weights as floating-point numbers")
     try:

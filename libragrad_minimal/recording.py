@@ -7,7 +7,7 @@ the autograd graph between two blocks holds the attention map. What a method doe
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -30,19 +30,22 @@ from .streams import (
     dependents,
     find_streams,
     is_stream,
+    named_blocks,
     removed,
     separators,
     stream_argument,
     topological,
 )
 
-# What a method may ask a recording for, beside the first tokens and their gradient.
+# What a method may ask a recording for, beside the tokens.
+FIRST = "the gradient at the first tokens"
 LAYERS = "layers"  # gradients at every block
 CONSTANTS = "constants"  # what each added constant contributes
 MAPS = "attention maps"  # needs memory quadratic in the number of tokens
 MAP_GRADIENTS = "gradients of attention maps"
 BETWEEN = "the stream between attention and MLP"
 GRAPH = "the graph, after the first backward pass"
+APART = "what the model reads off each block"
 
 
 @dataclass(frozen=True)
@@ -55,6 +58,7 @@ class Request:
     rules: Rules = LIBRA
     blocks: Any = None
     readout: Any = None
+    start: Any = None
     reads: frozenset[str] = frozenset({LAYERS})
 
 
@@ -128,9 +132,12 @@ class Recording:
     is_text: bool
     left: list[Tensor]  # L, as each block returned them
     entered: list[Tensor]  # L, as each block was given them, if the recording is to tell what is added to them
-    rerun: Callable[..., Recording]  # rerun(start=...), rerun(apart=...): as in `record`
+    returned: list[Any]  # L, all that each block returned, if the recording is to read the model's answer off them
+    blocks: tuple[nn.Module, ...]
+    rerun: Callable[..., Recording]  # rerun(changed=...): as in `record`
     again: Callable[[], Recording]  # the same once more
-    path_gradients: dict[int, Gradients] = field(default_factory=dict)  # steps -> mean along the path of IG
+    # means over changed tokens, by what was changed; a recording of another target, made by `replace`, has its own
+    averages: dict[Any, Gradients] = field(default_factory=dict, init=False)
 
     @property
     def rules(self) -> Rules:
@@ -146,7 +153,7 @@ class Recording:
         if missing:
             raise ValueError(
                 f"this recording holds no {' and no '.join(sorted(missing))}: say that your method reads them, with "
-                "the decorator @reads(...) of libragrad_minimal.attribution"
+                "the decorator @reads(...) of libragrad_minimal.scores"
             )
 
     @cached_property
@@ -275,6 +282,38 @@ class Recording:
         second = self.second_axes.arrange(precise(found[len(wanted)])) if seconds else None
         return Gradients(tokens, shares.settled, [self.per_head(attention[i]) for i in range(len(maps))], second)
 
+    def own_map_gradients(self, layers: Sequence[int], read: Callable[[Tensor, int], Tensor]) -> dict[int, Tensor]:
+        """For each of these blocks the gradient (B, H, N, N) at its map of the answer read off its own output.
+
+        One backward pass through the blocks: at each block's output what arrives from later ones gives way to the
+        gradient of that block's own answer. `read` makes of an output, and the block's number, the tokens that the
+        model reads its answer off.
+        """
+        self.asked_for(APART)
+        _ = self.attention  # a model without maps, or with windows, is refused here
+        arriving, last = {}, max(layers)
+        for layer in range(min(layers), last + 1):
+            leaf = self.left[layer].detach().requires_grad_()
+            if layer in layers:
+                # no block is left in this graph, and with it no residual addition to be shared
+                rules = replace(self.rules, residual=False)
+                (arriving[layer],) = libra_grad(self.answer_to(read(leaf, layer)), leaf, rules)
+            else:
+                arriving[layer] = torch.zeros_like(leaf)
+        places = {layer: self.attention_maps[layer] for layer in layers}
+        outputs = {self.left[layer]: gradient for layer, gradient in arriving.items() if layer != last}
+        with caught_map_gradients(list(places.values())) as found, gradients_given(outputs):
+            options = dict(grad_outputs=arriving[last], retain_graph=True, allow_unused=True)
+            libra_grad(self.left[last], self.stream[min(layers)], self.rules, **options)
+        return {layer: self.per_head(found[i]) for i, layer in enumerate(places)}
+
+    def answer_to(self, tokens: Tensor) -> Tensor:
+        """(B,) what the model would answer if these were the tokens that leave its last block. No block is run."""
+        request = self.request
+        results = [*self.returned[:-1], with_tokens(self.returned[-1], tokens)]
+        with standing_in(self.blocks, results):
+            return answered(request, self.rules.residual)
+
     @property
     def second_axes(self) -> Axes:
         """A decoder has the order of dimensions that its encoder has."""
@@ -329,42 +368,81 @@ def caught_map_gradients(maps: list[AttentionMap]) -> Iterator[dict[int, Tensor]
         yield found
 
 
+@contextlib.contextmanager
+def gradients_given(given: Mapping[Tensor, Tensor]) -> Iterator[None]:
+    """Inside, a backward pass goes on from each of these tensors with the given gradient, whatever arrives there."""
+
+    def give(place: int, gradient: Tensor):
+        return lambda arriving: tuple(gradient if i == place else g for i, g in enumerate(arriving))
+
+    edges = {get_gradient_edge(tensor): gradient for tensor, gradient in given.items()}
+    with removed([edge.node.register_prehook(give(edge.output_nr, g)) for edge, g in edges.items()]):
+        yield
+
+
 # ---- the forward pass ------------------------------------------------------------------------------------------------
 
 
-def record(
-    request: Request,
-    start: Callable[[Tensor], Tensor] | None = None,
-    apart: int | None = None,
-    copies: bool = False,
-) -> Recording:
+def record(request: Request, changed: Callable[[Tensor], Tensor] | None = None, copies: bool = False) -> Recording:
     """Run the model once and note what the attribution methods need.
 
     Args:
         request: what is run and explained.
-        start: replaces the tokens that enter the first block, of either stream, by start(tokens).
-        apart: the number of blocks, to start a graph of its own at each of them and to read each one's output, all at
-            once: the recording's output is (blocks * B,), and no graph leads from one block to the one before.
+        changed: replaces the tokens that enter the first block, of either stream, by changed(tokens).
         copies: hand each block a copy of its tokens, because one of them changes them in place.
     """
-    if apart is not None:
-        request = replace(request, reads=frozenset({LAYERS, MAPS, MAP_GRADIENTS}))
-    model, inputs, reads = request.model, request.inputs, request.reads
-    streams = find_streams(model, inputs, request.blocks)
+    streams = find_streams(request.model, request.inputs, request.blocks)
+    start = None if request.start is None else starting_module(request.model, request.start)
+    passed = Passed(request, streams, start, changed, copies)
+    # the math kernel is the one whose softmax shows in the graph
+    kernel = sdpa_kernel(SDPBackend.MATH) if MAPS in request.reads else contextlib.nullcontext()
+    with removed(passed.hooks()), kernel:
+        output = answered(request, request.rules.residual or BETWEEN in request.reads)
+    if not copies and passed.changed_in_place():
+        return record(request, changed, copies=True)
+    return passed.finished(output)
+
+
+def answered(request: Request, residuals: bool) -> Tensor:
+    """(B,) what is explained, of one forward pass; its graph begins where a hook or a stand-in lets it begin."""
+    model, inputs = request.model, request.inputs
     rows = chosen_rows(model, inputs, request.target, request.readout)
     kept, rows = kept_rows(model, inputs, rows)
-    passed = Passed(request, streams, start, apart, copies)
-    # the math kernel is the one whose softmax shows in the graph
-    kernel = sdpa_kernel(SDPBackend.MATH) if MAPS in reads else contextlib.nullcontext()
-    residuals = request.rules.residual or BETWEEN in reads
     eager = torch.compiler.set_stance("force_eager")
-    with removed(passed.hooks()), torch.no_grad(), eager, kernel, unfused(model), observed(residuals=residuals):
+    with torch.no_grad(), eager, unfused(model), observed(residuals=residuals):
         answer = call(model, inputs, kept)
         with torch.enable_grad():
-            output = explained(model, answer, *repeated(request, rows, apart), inputs.samples * (apart or 1))
-    if not copies and passed.changed_in_place():
-        return record(request, start, apart, copies=True)
-    return passed.finished(output)
+            return explained(model, answer, request.target, request.readout, rows, inputs.samples)
+
+
+def starting_module(model: nn.Module, start: Any) -> nn.Module:
+    modules = named_blocks(model, start)
+    if len(modules) > 1:
+        raise ValueError(f"start names one module, whose input are the tokens; got {len(modules)}")
+    return modules[0]
+
+
+@contextlib.contextmanager
+def standing_in(blocks: Sequence[nn.Module], results: Sequence[Any]) -> Iterator[None]:
+    """Inside, the blocks don't run: one after another they return these results, and after the last a graph begins."""
+    waiting = list(reversed(results))
+
+    def stand_in(*args, **kwargs):
+        if len(waiting) == 1:
+            torch.set_grad_enabled(True)
+        return waiting.pop()
+
+    before = {block: vars(block).get("forward") for block in blocks}
+    try:
+        for block in before:
+            block.forward = stand_in
+        yield
+    finally:
+        for block, own in before.items():
+            if own is None:
+                vars(block).pop("forward", None)
+            else:
+                block.forward = own
 
 
 @contextlib.contextmanager
@@ -383,37 +461,56 @@ class Passed:
 
     request: Request
     streams: Streams
-    start: Callable[[Tensor], Tensor] | None
-    apart: int | None
+    start: nn.Module | None  # where the tokens enter, if that is before the first block
+    changed: Callable[[Tensor], Tensor] | None
     copies: bool
     stream: list[Tensor] = field(default_factory=list)
     versions: list[int] = field(default_factory=list)
     entered: list[Tensor] = field(default_factory=list)
     left: list[Tensor] = field(default_factory=list)
+    returned: list[Any] = field(default_factory=list)
     second: list[Tensor] = field(default_factory=list)
 
     def hooks(self) -> list[Any]:
         blocks = set(self.streams.blocks)
         others = set(self.streams.second) - blocks
+        start = [] if self.start is None else [self.start]
         return [
             *(block.register_forward_pre_hook(self.enter, with_kwargs=True) for block in blocks),
             *(block.register_forward_hook(self.leave, with_kwargs=True) for block in blocks),
             *(block.register_forward_pre_hook(self.enter_second, with_kwargs=True) for block in others),
+            *(module.register_forward_pre_hook(self.enter_start, with_kwargs=True) for module in start),
         ]
 
     def begin(self, h: Tensor) -> Tensor:
         """Everything before the first block is the input: the graph begins at its tokens."""
         torch.set_grad_enabled(True)
-        return (self.start(h.detach()) if self.start else h.detach()).requires_grad_()
+        return (self.changed(h.detach()) if self.changed else h.detach()).requires_grad_()
+
+    def enter_start(self, module, args, kwargs):
+        if not self.stream:
+            return with_argument(self.entrance(argument(module, args, kwargs)), args, kwargs)
+
+    def entrance(self, h: Tensor) -> Tensor:
+        """The first tokens, noted, and the copy of them that is handed on."""
+        if MAPS in self.request.reads:
+            check_memory(self.request.model, h, len(self.streams.blocks))
+        self.stream.append(self.begin(h))
+        self.versions.append(self.stream[-1]._version)
+        return self.stream[-1].clone()
 
     def enter(self, block, args, kwargs):
         h = argument(block, args, kwargs)
-        if not self.stream and MAPS in self.request.reads:
-            check_memory(self.request.model, h, len(self.streams.blocks))
-        begins = not self.stream or self.apart is not None
-        self.stream.append(self.begin(h) if begins else h)
-        given = self.stream[-1].clone() if begins or self.copies else h
-        self.versions.append(self.stream[-1]._version)
+        if self.start is not None and not self.left:
+            if not self.stream:
+                raise ValueError(f"start names {type(self.start).__name__}, which doesn't run before the first block")
+            given = h
+        elif not self.stream:
+            given = self.entrance(h)
+        else:
+            self.stream.append(h)
+            self.versions.append(h._version)
+            given = h.clone() if self.copies else h
         if BETWEEN in self.request.reads:
             self.entered.append(given)
         return with_argument(given, args, kwargs)
@@ -424,15 +521,12 @@ class Passed:
             return with_argument(self.second[0].clone(), args, kwargs)
 
     def leave(self, block, args, kwargs, result):
-        several = isinstance(result, tuple | list)
-        parts = list(result) if several else [result]
-        place = next((i for i, part in enumerate(parts) if is_stream(part)), None)
+        place = token_place(result)
         if place is None:
             raise ValueError(f"{type(block).__name__} returns no tokens; name other blocks, blocks=[...]")
-        self.left.append(parts[place])
-        if self.apart is not None and len(self.left) == self.apart:
-            parts[place] = torch.cat(self.left)
-            return type(result)(parts) if several else parts[0]
+        self.left.append(result if isinstance(result, Tensor) else result[place])
+        if APART in self.request.reads:
+            self.returned.append(result)
 
     def changed_in_place(self) -> bool:
         return any(h._version != version for h, version in zip(self.stream, self.versions, strict=True))
@@ -442,7 +536,8 @@ class Passed:
         self.check(output)
         if self.streams.of_picture and inputs.words is not None:
             inputs = replace(inputs, about_picture=True)
-        layout = layout_at(request, inputs, self.streams, self.stream[0])
+        entrances = self.streams.blocks if self.start is None else (self.start,)
+        layout = layout_at(request, inputs, entrances, self.stream[0])
         stream = [*self.stream, self.left[-1]]
         axes = [layer_axes(layout.axes, stream[0], h, layout.grid) for h in stream]
         samples, length = layout.axes.arrange(stream[0]).shape[:2]
@@ -457,8 +552,10 @@ class Passed:
             is_text=inputs.picture is None or inputs.text is not None,
             left=self.left,
             entered=self.entered,
+            returned=self.returned,
+            blocks=self.streams.blocks,
             rerun=partial(record, request),
-            again=partial(record, request, self.start, self.apart),
+            again=partial(record, request, self.changed),
         )
 
     def check(self, output: Tensor) -> None:
@@ -470,8 +567,6 @@ class Passed:
             raise ValueError(
                 f"what is explained doesn't depend on the blocks of {name}: is it detached, or of another tower?"
             )
-        if self.apart is not None:
-            return
         reached = dependents([output.grad_fn], get_gradient_edge(self.stream[0]).node)
         apart = [
             i for i, h in enumerate(self.stream) if not h.requires_grad or get_gradient_edge(h).node not in reached
@@ -483,17 +578,17 @@ class Passed:
             )
 
 
-def layout_at(request: Request, inputs: Inputs, streams: Streams, tokens: Tensor) -> Layout:
+def layout_at(request: Request, inputs: Inputs, blocks: tuple[nn.Module, ...], tokens: Tensor) -> Layout:
     """The layout of the first tokens. Where a user named blocks that come late in the stream, behind which patches have
     mixed, it is that of the stream's first block, if its tokens are as many."""
     if request.blocks is not None:
         with contextlib.suppress(ValueError):
             earlier = find_streams(request.model, inputs).blocks
-            if set(streams.blocks) <= set(earlier):
+            if set(blocks) <= set(earlier):
                 first = first_tokens(request.model, inputs, earlier)
                 if first.shape == tokens.shape:
                     return layout_of(request.model, inputs, earlier, first)
-    return layout_of(request.model, inputs, streams.blocks, tokens)
+    return layout_of(request.model, inputs, blocks, tokens)
 
 
 def argument(block: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Tensor:
@@ -514,16 +609,18 @@ def with_argument(given: Tensor, args: tuple, kwargs: dict[str, Any]) -> tuple[t
     return args, {**kwargs, place: given}
 
 
-def repeated(request: Request, rows: Tensor | None, apart: int | None) -> tuple[Any, Any, Tensor | None]:
-    """Target, readout and rows for as many copies of the samples as there are blocks read apart."""
-    target, readout, samples = request.target, request.readout, request.inputs.samples
-    if apart is None:
-        return target, readout, rows
-    if isinstance(target, Tensor) and target.dim() == 1 + target.is_floating_point() and len(target) == samples:
-        target = target.repeat(apart, *[1] * (target.dim() - 1))
-    if isinstance(readout, Tensor) and readout.dim() and len(readout) == samples:
-        readout = readout.repeat(apart, *[1] * (readout.dim() - 1))
-    return target, readout, None if rows is None else rows.repeat(apart)
+def token_place(result: Any) -> int | None:
+    """Which part of what a block returned are its tokens."""
+    parts = result if isinstance(result, tuple | list) else [result]
+    return next((i for i, part in enumerate(parts) if is_stream(part)), None)
+
+
+def with_tokens(result: Any, tokens: Tensor) -> Any:
+    """What a block returned, its tokens replaced."""
+    if isinstance(result, Tensor):
+        return tokens
+    place = token_place(result)
+    return type(result)(tokens if i == place else part for i, part in enumerate(result))
 
 
 def valid_tokens(mask: Tensor | None, layout: Layout, samples: int, length: int) -> Tensor:

@@ -3,7 +3,6 @@
 from dataclasses import replace
 from functools import partial
 
-import captum.attr
 import numpy as np
 import open_clip
 import pytest
@@ -22,13 +21,17 @@ from transformers import (
     ViTForImageClassification,
 )
 
-from libragrad_minimal.attribution import COMPOSED_WITH_IG, METHODS, attribute, attribute_many
-from libragrad_minimal.engine import ALI_LRP, ATTN_LRP, DECOMPX, LIBRA, PLAIN
+from libragrad_minimal import Against, Probability, libra_grad
+from libragrad_minimal.attribution import attribute, attribute_many
+from libragrad_minimal.engine import ALI_LRP, ATTN_LRP, CP_LRP, DECOMPX, LIBRA, PLAIN
 from libragrad_minimal.families import Inputs
+from libragrad_minimal.methods import AVERAGED, METHODS, reads_of
 from libragrad_minimal.recording import MAPS, Request, record
+from libragrad_minimal.scores import Scores
 
 RESIDUAL = replace(LIBRA, residual=True)
 FEW_STEPS = {name: {"steps": 3} for name in METHODS if name.startswith("IG")}
+FEW_STEPS |= {name: {"samples": 3} for name in METHODS if name.startswith("SmoothGrad")}
 
 
 def perturbed(model: nn.Module) -> nn.Module:
@@ -101,15 +104,18 @@ MODELS = {
     "gpt2": (tiny_gpt2, IDS, 7, None),
 }
 WITHOUT_MAPS = {"swin": "windows", "mixer": "no attention maps"}
-NEEDS_MAPS = {"AttCAT", "GenAtt", "TokenTM", "RawAtt", "Attention Rollout", "Gradient Attention Rollout", "LeGrad"}
-NEEDS_MAPS |= {f"IG {name}" for name in NEEDS_MAPS} & METHODS.keys()
+NEEDS_MAPS = {name for name in METHODS if MAPS in reads_of(name)}
+ALONE = [name for name in METHODS if not name.startswith(("IG ", "SmoothGrad "))]
 
 
 # ---- every method on every kind of model -----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", MODELS)
-@pytest.mark.parametrize("method", METHODS)
+EVERY = [(method, kind) for kind in MODELS for method in ALONE]
+EVERY += [(method, kind) for kind in ("registers", "llama") for method in METHODS if method not in ALONE]
+
+
+@pytest.mark.parametrize("method, kind", EVERY)
 def test_batches_equal_single_calls(kind, method):
     build, inputs, target, grid = MODELS[kind]
     model, options = build(), FEW_STEPS.get(method, {})
@@ -168,7 +174,7 @@ def test_padding_gets_exactly_nothing(method):
     mask = torch.tensor([[0, 0, 1, 1, 1, 1], [1, 1, 1, 1, 1, 1]])
     padded = attribute(model, {"input_ids": IDS, "attention_mask": mask}, 7, method, **options)
     assert (padded.scores[0, :2] == 0).all()
-    if method not in ("Random", "SmoothGrad"):  # whose noise knows nothing of padding
+    if method != "Random" and not method.startswith("SmoothGrad"):  # whose noise knows nothing of padding
         alone = attribute(model, IDS[:1, 2:], 7, method, **options)
         torch.testing.assert_close(padded.scores[0, 2:], alone.scores[0], rtol=1e-3, atol=1e-5)
 
@@ -195,7 +201,7 @@ def test_inputs_by_keyword():
 
 
 def test_a_new_method_is_one_function_and_one_line(monkeypatch):
-    monkeypatch.setitem(METHODS, "length", lambda run, power=1: run.tokens[0].norm(dim=-1) ** power)
+    monkeypatch.setitem(METHODS, "length", lambda run, power=1: Scores(run.tokens[0].norm(dim=-1) ** power))
     model = tiny_vit()
     lengths = attribute(model, PICTURES, 3, "length", power=2)
     tokens = model._pos_embed(model.patch_embed(PICTURES))[:, 1:]
@@ -214,47 +220,11 @@ def test_frozen_models_give_the_same():
     torch.testing.assert_close(attribute(model.requires_grad_(False), PICTURES, 3).scores, free)
 
 
-# ---- Captum ----------------------------------------------------------------------------------------------------------
+# ---- the model from its tokens on ------------------------------------------------------------------------------------
 
 
 def from_tokens(model, h0):
     return model.forward_head(model.norm(model.blocks(h0)))[:, 3]
-
-
-@pytest.fixture
-def vit_and_tokens():
-    model = tiny_vit()
-    return model, model._pos_embed(model.patch_embed(PICTURES)).detach().requires_grad_()
-
-
-def test_input_times_gradient_equals_captum(vit_and_tokens):
-    model, h0 = vit_and_tokens
-    expected = captum.attr.InputXGradient(partial(from_tokens, model)).attribute(h0).sum(-1)[:, 1:]
-    torch.testing.assert_close(attribute(model, PICTURES, 3, "IxG", PLAIN).scores, expected.detach())
-
-
-def test_integrated_gradients_equal_captum(vit_and_tokens):
-    model, h0 = vit_and_tokens
-    captums = captum.attr.IntegratedGradients(partial(from_tokens, model))
-    kwargs = dict(n_steps=50, method="riemann_middle", return_convergence_delta=True)
-    expected, delta = captums.attribute(h0, **kwargs)
-    ours = attribute(model, PICTURES, 3, "IG", PLAIN)
-    torch.testing.assert_close(ours.scores, expected.sum(-1)[:, 1:].float(), rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(ours.completeness_error, delta.abs().float(), rtol=1e-4, atol=1e-5)
-
-
-def test_smoothgrad_equals_captum(vit_and_tokens):
-    model, h0 = vit_and_tokens
-    h0 = h0[:1].detach()
-    tunnel = captum.attr.NoiseTunnel(captum.attr.Saliency(partial(from_tokens, model)))
-    extent = (h0.max() - h0.min()).item()
-    torch.manual_seed(0)
-    kwargs = dict(nt_type="smoothgrad", nt_samples=400, nt_samples_batch_size=400, stdevs=0.02 * extent, abs=False)
-    expected = (h0 * tunnel.attribute(h0.requires_grad_(), **kwargs)).sum(-1)[:, 1:]
-    ours = attribute(model, PICTURES[:1], 3, "SmoothGrad", PLAIN, samples=400, noise=0.02).scores
-    plain = attribute(model, PICTURES[:1], 3, "IxG", PLAIN).scores
-    # two Monte Carlo means of the same thing: far nearer to each other than to the gradient without noise
-    assert (ours - expected).norm() < 0.25 * (ours - plain).norm()
 
 
 # ---- NumPy, on a model made by hand with three tokens ----------------------------------------------------------------
@@ -347,6 +317,10 @@ def positive(n):
     return [np.maximum(a * d, 0).mean(0) for a, d in zip(n["A"], n["dA"], strict=True)]
 
 
+def positive_mean(n):
+    return [np.maximum((a * d).mean(0), 0) for a, d in zip(n["A"], n["dA"], strict=True)]
+
+
 def numpy_genatt(n):
     r = np.eye(3)
     for product in positive(n):
@@ -367,9 +341,17 @@ def numpy_tokentm(n):
     return c[0]
 
 
-def numpy_xgradcam(n):
-    layers = list(zip(n["h"][:2], n["g"][:2], strict=True))
-    return sum((h * (h * g).sum(0) / np.abs(h).sum(0)).sum(-1) for h, g in layers)
+def numpy_cam(n, layers, weight):
+    """weight(h, g) of one channel of one layer, numbers for each token."""
+    result = np.zeros(3)
+    for layer in layers:
+        for h, g in zip(n["h"][layer].T, n["g"][layer].T, strict=True):
+            result += weight(h, g) * h
+    return result
+
+
+def numpy_gradcam_plus_plus(h, g):
+    return sum(d**2 / (2 * d**2 + d**3 * h.sum()) * d for d in g.astype(float) if d > 0)
 
 
 IN_NUMPY = {  # the hand-made model adds no constants
@@ -377,12 +359,16 @@ IN_NUMPY = {  # the hand-made model adds no constants
     "FullGrad": lambda n: (n["h"][0] * n["g"][0]).sum(-1),
     "FullGrad+": lambda n: sum((n["h"][i] * n["g"][i]).sum(-1) for i in range(2)) / 2,  # a mean, where not of pictures
     "HiResCAM": lambda n: (n["h"][1] * n["g"][1]).sum(-1),
-    "GradCAM+": lambda n: sum((n["h"][i] * n["g"][i].mean(0)).sum(-1) for i in range(2)),
-    "XGradCAM+": numpy_xgradcam,
+    "SkipPLUS": lambda n: (n["h"][1] * n["g"][1]).sum(-1),
+    "GradCAM": lambda n: numpy_cam(n, [1], lambda h, g: g.mean()),
+    "XGradCAM": lambda n: numpy_cam(n, [1], lambda h, g: g @ h / h.sum()),
+    "GradCAM++": lambda n: numpy_cam(n, [1], numpy_gradcam_plus_plus),
+    "GradCAM+": lambda n: numpy_cam(n, [0, 1], lambda h, g: g.mean()),
+    "XGradCAM+": lambda n: numpy_cam(n, [0, 1], lambda h, g: g @ np.abs(h) / np.abs(h).sum()),
     "AttCAT": lambda n: sum(n["A"][i].mean((0, 1)) * (n["h"][i + 1] * n["g"][i + 1]).sum(-1) for i in range(2)),
     "GenAtt": numpy_genatt,
     "TokenTM": numpy_tokentm,
-    "Gradient Attention Rollout": lambda n: numpy_rollout(positive(n)),
+    "Gradient Attention Rollout": lambda n: numpy_rollout(positive_mean(n)),
 }
 
 
@@ -392,7 +378,7 @@ def test_methods_of_gradients(three_tokens, method):
     np.testing.assert_allclose(ours(model, x, method), IN_NUMPY[method](n), rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("method", COMPOSED_WITH_IG)
+@pytest.mark.parametrize("method", AVERAGED)
 def test_methods_combined_with_integrated_gradients(three_tokens, method):
     """The same formulas, with gradients averaged in NumPy over models run on 1/8, 3/8, 5/8 and 7/8 of the input."""
     model, x, n = three_tokens
@@ -400,32 +386,259 @@ def test_methods_combined_with_integrated_gradients(three_tokens, method):
     averaged = {name: [np.mean(parts, 0) for parts in zip(*(p[name] for p in path), strict=True)] for name in n}
     expected = IN_NUMPY[method](n | {"g": averaged["g"], "dA": averaged["dA"]})
     assert np.abs(expected - IN_NUMPY[method](n)).max() > 1e-3, "a check that can't fail is no check"
-    np.testing.assert_allclose(ours(model, x, f"IG {method}", steps=4), expected, rtol=1e-4, atol=1e-5)
+    scale = np.abs(expected).max()
+    np.testing.assert_allclose(ours(model, x, f"IG {method}", steps=4) / scale, expected / scale, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("discard", [0.5, 0.9])
 def test_gradient_rollout_discards(three_tokens, discard):
     model, x, n = three_tokens
     got = ours(model, x, "Gradient Attention Rollout", discard_ratio=discard)
-    np.testing.assert_allclose(got, numpy_rollout(positive(n), discard), rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(got, numpy_rollout(positive_mean(n), discard), rtol=1e-5, atol=1e-6)
 
 
-def test_legrad(three_tokens):
+@pytest.mark.parametrize("method, pool", [("LeGrad", lambda h: h.mean(1)), ("LeGrad class token", lambda h: h[:, 0])])
+@pytest.mark.parametrize("layers", [(0, 1), (0,), (-1,)])
+def test_legrad(three_tokens, method, pool, layers):
     model, x, _ = three_tokens
     expected = 0
-    for layer, block in enumerate(model.blocks):
+    for layer in layers:
         h = x
-        for earlier in model.blocks[: layer + 1]:
+        for earlier in model.blocks[: layer % 2 + 1]:
             h = earlier(h)
-        (gradient,) = torch.autograd.grad((h[:, 0] @ model.head)[0, 2], block.map)
+        (gradient,) = torch.autograd.grad((pool(h) @ model.head)[0, 2], model.blocks[layer].map)
         expected = expected + gradient[0].relu().mean((0, 1)).numpy()
-    np.testing.assert_allclose(ours(model, x, "LeGrad"), expected, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(ours(model, x, method, layers=layers), expected, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(ours(model, x, method, layers=layers), expected, rtol=1e-5, atol=1e-6)
 
 
 def test_mean_row_where_no_token_is_the_readout(three_tokens):
     model, x, n = three_tokens
     model.forward = lambda x: model.blocks[1](model.blocks[0](x)).mean(1) @ model.head
     np.testing.assert_allclose(ours(model, x, "RawAtt"), n["A"][-1].mean(0).mean(0), rtol=1e-5)
+
+
+# ---- definitions, checked by hand ------------------------------------------------------------------------------------
+
+
+class Sum(nn.Module):
+    """Blocks that change nothing, and the sum of all tokens as the only logit: g is 1 everywhere."""
+
+    def __init__(self):
+        super().__init__()
+        self.blocks = nn.ModuleList([nn.Identity(), nn.Identity()])
+
+    def forward(self, x):
+        return self.blocks[1](self.blocks[0](x)).sum((1, 2))[:, None]
+
+
+@pytest.mark.parametrize("method, layers", [("XGradCAM+", 2), ("GradCAM+", 2), ("XGradCAM", 1), ("GradCAM", 1)])
+def test_a_negative_channel_speaks_against(method, layers):
+    """h = -1 and g = +1 everywhere: each of four channels has weight +1 and gives -1."""
+    result = attribute(Sum().eval(), -torch.ones(1, 3, 4), 0, method, blocks="blocks")
+    torch.testing.assert_close(result.scores, torch.full((1, 3), -4.0 * layers))
+
+
+def test_xgradcam_plus_equals_fu_et_al_where_a_channel_keeps_its_sign():
+    model = Sum().eval()
+    x = torch.tensor([[[1.0, -2], [3, -1], [2, -5]]])
+    plus = attribute(model, x, 0, "XGradCAM+", blocks="blocks", layers=[-1])
+    torch.testing.assert_close(plus.scores, attribute(model, x, 0, "XGradCAM", blocks="blocks").scores)
+
+
+def test_saliency_is_the_largest_derivative():
+    model = Sum().eval()
+    model.forward = lambda x: (model.blocks[1](model.blocks[0](x)) * torch.tensor([1.0, -3, 2])).sum((1, 2))[:, None]
+    torch.testing.assert_close(
+        attribute(model, torch.randn(1, 2, 3), 0, "Saliency", blocks="blocks").scores, torch.full((1, 2), 3.0)
+    )
+
+
+def one_block():
+    model = HandMadeModel().eval()
+    model.blocks = model.blocks[:1]
+    return model, torch.randn(1, 3, 4)
+
+
+@pytest.mark.parametrize("method", ["GenAtt", "Gradient Attention Rollout", "TokenTM"])
+def test_attnlrp_leaves_the_gradient_of_the_last_map_whole(method):
+    """Between the only block's map and the logit lie linear layers and a ReLU, which no rule changes."""
+    model, x = one_block()
+    plain, halved = (attribute(model, x, 2, method, rules, blocks="blocks") for rules in (PLAIN, ATTN_LRP))
+    torch.testing.assert_close(halved.scores, plain.scores)
+
+
+def test_gradient_rollout_clamps_after_the_mean_over_heads():
+    """Where one head speaks for and another as strongly against, nothing is left."""
+    model, x = one_block()
+    with torch.no_grad():
+        for weight in (model.blocks[0].query, model.blocks[0].key, model.blocks[0].value):
+            weight[1] = weight[0]
+        model.blocks[0].out[1] = -model.blocks[0].out[0]
+    scores = attribute(model, x, 2, "Gradient Attention Rollout", blocks="blocks").scores
+    torch.testing.assert_close(scores, torch.tensor([[1.0, 0, 0]]), atol=1e-6, rtol=0)
+
+
+def test_a_class_token_that_is_not_read_has_no_weight():
+    model = tiny_vit(global_pool="avg")
+    (last,) = record(Request(model, Inputs(PICTURES), 3, reads=frozenset({MAPS}))).attention[-1:]
+    expected = last.mean(1)[:, 1:].mean(1)[:, 1:]  # rows and columns of the patches
+    torch.testing.assert_close(attribute(model, PICTURES, 3, "RawAtt").scores, expected)
+
+
+def test_legrad_runs_every_block_once():
+    model, passes = tiny_vit(), []
+    for block in model.blocks:
+        block.mlp.register_forward_hook(lambda *_: passes.append("forward"))
+        block.attn.qkv.register_full_backward_hook(lambda *_: passes.append("backward"))
+    attribute(model, PICTURES, 3, "IxG")  # the layout is asked for once
+    passes.clear()
+    attribute(model, PICTURES, 3, "LeGrad")
+    assert passes.count("forward") == 3 and passes.count("backward") <= 3
+    assert not any("forward" in vars(module) for module in model.modules())
+
+
+def test_legrad_reads_the_mean_token_by_the_models_own_head():
+    model, maps = tiny_vit(), []
+    for block in model.blocks:
+        block.attn.fused_attn = False
+        block.attn.attn_drop.register_forward_pre_hook(lambda module, args: maps.append(args[0]))
+    h, expected = model._pos_embed(model.patch_embed(PICTURES)), 0
+    for block in model.blocks:
+        h = block(h)
+        answer = model.forward_head(model.norm(h.mean(1, keepdim=True)))[:, 3].sum()
+        (gradient,) = torch.autograd.grad(answer, maps[-1], retain_graph=True)
+        expected = expected + gradient.relu().mean((1, 2))[:, 1:]
+    torch.testing.assert_close(attribute(model, PICTURES, 3, "LeGrad", PLAIN).scores, expected, rtol=1e-4, atol=1e-7)
+
+
+def test_legrad_of_padded_text():
+    """The mean token leaves padding out, and classes of each sample's own are read."""
+    model = tiny_llama()
+    mask = torch.tensor([[0, 0, 1, 1, 1, 1], [1, 1, 1, 1, 1, 1]])
+    both = attribute(model, {"input_ids": IDS, "attention_mask": mask}, torch.tensor([7, 9]), "LeGrad").scores
+    alone = attribute(model, IDS[:1, 2:], 7, "LeGrad").scores
+    torch.testing.assert_close(both[0, 2:], alone[0], rtol=1e-4, atol=1e-6)
+
+
+# ---- what attributions add up to -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("rules", [PLAIN, LIBRA, ALI_LRP, ATTN_LRP, DECOMPX])
+def test_the_error_is_stated_for_every_rule_set(rules):
+    """As a sum by autograd on the tokens: the class token's score isn't shown, and counts."""
+    model = tiny_vit()
+    h0 = model._pos_embed(model.patch_embed(PICTURES)).detach().requires_grad_()
+    output = from_tokens(model, h0)
+    (gradient,) = libra_grad(output, h0, rules)
+    result = attribute(model, PICTURES, 3, "IxG", rules)
+    expected = (output - (h0 * gradient).sum((1, 2))).abs().detach()
+    torch.testing.assert_close(result.completeness_error, expected, rtol=1e-4, atol=1e-5)
+    assert not result.promises_completeness and (expected > 1e-3).all()
+    full = attribute(model, PICTURES, 3, "FullGrad", rules)
+    assert full.promises_completeness == (rules == LIBRA) and full.rules == rules
+    assert ((full.completeness_error < 1e-5) == (rules in (LIBRA, DECOMPX))).all()  # a ViT multiplies no two streams
+
+
+def test_methods_without_a_sum_state_no_error():
+    results = attribute_many(tiny_vit(), PICTURES, 3, ["GradCAM+", "GenAtt", "Saliency"])
+    assert all(result.completeness_error.isnan().all() for result in results.values())
+
+
+@pytest.mark.parametrize("kind", ["vit", "llama", "gpt2"])
+def test_fullgrad_plus_as_sum_and_as_mean(kind):
+    build, inputs, target, grid = MODELS[kind]
+    model, blocks = build(), MODELS[kind][0]().eval()
+    count = len(record(Request(blocks, Inputs(inputs), target)).left)
+    for rules in (PLAIN, LIBRA):
+        ask = partial(attribute, model, inputs, target, rules=rules)
+        each = [ask("FullGrad", layer=layer) for layer in range(count)]
+        later = [ask("HiResCAM", layer=layer).scores for layer in range(1, count)]
+        total, mean = ask("FullGrad+", reduce="sum"), ask("FullGrad+", reduce="mean")
+        torch.testing.assert_close(total.scores, each[0].scores + sum(later))
+        torch.testing.assert_close(mean.scores, torch.stack([one.scores for one in each]).mean(0))
+        torch.testing.assert_close(total.completeness_error, each[0].completeness_error)
+        default = ask("FullGrad+")
+        torch.testing.assert_close(default.scores, total.scores if grid else mean.scores)
+        torch.testing.assert_close(ask("FullGrad+", layers=[-1]).scores, each[-1].scores)
+        upper = range(count // 2, count)
+        torch.testing.assert_close(ask("SkipPLUS").scores, ask("FullGrad+", layers=upper).scores)
+        if grid is None and rules == LIBRA:
+            assert (mean.completeness_error < 1e-5).all() and mean.promises_completeness
+
+
+@pytest.mark.parametrize("method", ["GradCAM+", "XGradCAM+", "AttCAT", "LeGrad"])
+def test_sums_over_some_layers_add_up(method):
+    model = tiny_vit()
+    whole = attribute(model, PICTURES, 3, method).scores
+    parts = [attribute(model, PICTURES, 3, method, layers=layers).scores for layers in ([0, -1], [1])]
+    torch.testing.assert_close(sum(parts), whole, rtol=1e-4, atol=1e-6)
+    with pytest.raises(ValueError, match="layers is empty"):
+        attribute(model, PICTURES, 3, method, layers=[])
+
+
+def test_integrated_gradients_run_plain_unless_told_otherwise():
+    model = tiny_vit()
+    default = attribute(model, PICTURES, 3, "IG", steps=4)
+    assert default.rules == PLAIN
+    torch.testing.assert_close(default.scores, attribute(model, PICTURES, 3, "IG", PLAIN, steps=4).scores)
+    with pytest.warns(UserWarning, match="no function's gradients"):
+        balanced = attribute(model, PICTURES, 3, "IG", LIBRA, steps=4)
+    assert (balanced.scores - default.scores).abs().max() > 1e-3
+    many = attribute_many(model, PICTURES, 3, {"IG": {"steps": 4}, "IxG": {}})
+    assert many["IxG"].rules == LIBRA and list(many) == ["IG", "IxG"]
+    torch.testing.assert_close(many["IG"].scores, default.scores)
+
+
+# ---- targets beside a logit ------------------------------------------------------------------------------------------
+
+
+def test_probability_has_its_own_gradient_under_every_rule_set():
+    model = tiny_vit()
+    h0 = model._pos_embed(model.patch_embed(PICTURES)).detach().requires_grad_()
+    p = model.forward_head(model.norm(model.blocks(h0))).softmax(-1)
+    (gradient,) = torch.autograd.grad(p[:, 3].sum(), h0)
+    plain = attribute(model, PICTURES, Probability(3), "IxG", PLAIN)
+    torch.testing.assert_close(plain.output, p[:, 3].detach())
+    torch.testing.assert_close(plain.scores, (h0 * gradient).sum(-1)[:, 1:].detach(), rtol=1e-4, atol=1e-6)
+    weights = p[:, 3:4] * (F.one_hot(torch.tensor(3), 5) - p)
+    libra = attribute(model, PICTURES, Probability(3))
+    torch.testing.assert_close(libra.scores, attribute(model, PICTURES, weights.detach()).scores, rtol=1e-4, atol=1e-6)
+    assert (libra.completeness_error < 1e-5).all()
+
+
+def test_against_the_strongest_others():
+    model = tiny_vit()
+    logits = model(PICTURES).detach()
+    expected = torch.stack([z[3] - np.mean(sorted(z[[0, 1, 2, 4]].tolist())[-2:]) for z in logits])
+    result = attribute(model, PICTURES, Against(torch.tensor([3, 3]), others=2))
+    torch.testing.assert_close(result.output, expected.float())
+    assert (result.completeness_error < 1e-5).all()
+    with pytest.raises(ValueError, match=r"1\.\.4"):
+        attribute(model, PICTURES, Against(3, others=5))
+    text = attribute(tiny_llama(), IDS, Against(7, others=3))
+    assert (text.completeness_error < 1e-5).all()
+
+
+# ---- where the tokens begin ------------------------------------------------------------------------------------------
+
+
+def test_tokens_before_the_first_norm_of_clip():
+    model, text = tiny_clip(), F.normalize(torch.arange(16.0), dim=0)
+    before = []
+    with model.visual.ln_pre.register_forward_pre_hook(lambda module, args: before.append(args[0].detach())):
+        model.encode_image(PICTURES)
+    h = before[0].requires_grad_()
+    with model.visual.ln_pre.register_forward_pre_hook(lambda module, args: (h,)):
+        output = F.normalize(model.encode_image(PICTURES), dim=-1) @ text
+    (gradient,) = torch.autograd.grad(output.sum(), h)
+    result = attribute(model, PICTURES, text, "IxG", PLAIN, start="visual.ln_pre")
+    torch.testing.assert_close(result.scores, (h * gradient).sum(-1)[:, 1:].detach(), rtol=1e-4, atol=1e-5)
+    assert (attribute(model, PICTURES, text, start="visual.ln_pre").completeness_error < 1e-5).all()
+    for method in ("TokenTM", "LeGrad", "AttCAT"):
+        assert attribute(model, PICTURES, text, method, start="visual.ln_pre").scores.isfinite().all()
+    with pytest.raises(ValueError, match="doesn't run before the first block"):
+        attribute(model, PICTURES, text, "IxG", start="visual.ln_post")
 
 
 # ---- the four defects of the well-known gradient rollout script ------------------------------------------------------
@@ -442,14 +655,14 @@ def script(model, x, defect, state=None):
     gradients += found[::-1] if defect == "order" else found
     result = np.eye(3)
     for a, d in zip(maps, gradients, strict=True):
-        a = (np.maximum(a * d, 0).mean(0) + np.eye(3)) / 2
+        a = (np.maximum((a * d).mean(0), 0) + np.eye(3)) / 2
         a = a / (a.sum(-1) if defect == "keepdim" else a.sum(-1, keepdims=True))
         result = a @ result
     return result[0]
 
 
 def check_order(rollout, model, x, n):
-    np.testing.assert_allclose(rollout(model, x), numpy_rollout(positive(n)), rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(rollout(model, x), numpy_rollout(positive_mean(n)), rtol=1e-5, atol=1e-6)
 
 
 def check_state(rollout, model, x, n):
@@ -495,8 +708,9 @@ def test_fused_attention_is_seen_too():
 # ---- rules re-derived ------------------------------------------------------------------------------------------------
 
 
-def llama_by_hand(model, h, target):
-    """A Llama written out with the rules as detachments: RMSNorm's denominator, the gate's slope, queries and keys."""
+def llama_by_hand(model, h, target, gate_constant=False):
+    """A Llama written out with the rules as detachments: RMSNorm's denominator, the gate's slope, queries and keys.
+    gate_constant: SwiGLU's gate gets no gradient, and the other factor all of it."""
     config, base = model.config, model.model
     cos, sin = base.rotary_emb(h, torch.arange(h.shape[1])[None])
 
@@ -519,27 +733,63 @@ def llama_by_hand(model, h, target):
         )
         x, mlp = norm(layer.post_attention_layernorm, h), layer.mlp
         gate, up = mlp.gate_proj(x), mlp.up_proj(x)
-        product = (gate * gate.sigmoid().detach()) * up
-        h = h + mlp.down_proj(product / 2 + (product / 2).detach())
+        if gate_constant:
+            product = F.silu(gate).detach() * up
+        else:
+            product = (gate * gate.sigmoid().detach()) * up / 2
+            product = product + product.detach()
+        h = h + mlp.down_proj(product)
     return model.lm_head(norm(base.norm, h))[:, -1, target]
 
 
-def test_libra_on_llama_equals_the_rules_written_as_detachments():
+@pytest.mark.parametrize("rules, gate_constant", [(LIBRA, False), (CP_LRP, True)], ids=["Libra", "CP-LRP"])
+def test_rules_on_llama_equal_detachments_by_hand(rules, gate_constant):
     model = tiny_llama()
     h = model.model.embed_tokens(IDS).detach().requires_grad_()
-    output = llama_by_hand(model, h, 7)
+    output = llama_by_hand(model, h, 7, gate_constant)
     expected = (h * torch.autograd.grad(output.sum(), h)[0]).sum(-1)
-    result = attribute(model, IDS, 7, "IxG")
+    result = attribute(model, IDS, 7, "IxG", rules)
+    assert result.promises_completeness and (result.completeness_error < 1e-5).all()
     torch.testing.assert_close(result.output, output.detach(), rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(result.scores, expected.detach(), rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("rules", [ATTN_LRP, ALI_LRP, DECOMPX, LIBRA.without("norm"), RESIDUAL])
+@pytest.mark.parametrize("rules", [ATTN_LRP, ALI_LRP, CP_LRP, DECOMPX, LIBRA.without("norm"), RESIDUAL])
 def test_every_rule_set_says_something_of_its_own(rules):
     model = tiny_llama()
     scores = attribute(model, IDS, 7, "IxG", rules).scores
     for other in (PLAIN, LIBRA):
         assert (scores - attribute(model, IDS, 7, "IxG", other).scores).abs().max() > 1e-4 * scores.abs().max()
+
+
+def test_decompx_is_the_propagation_of_a_vector_for_each_token():
+    """DecompX forwards: every token's own part of the stream goes through layers whose gates are constant."""
+    model = tiny_vit()
+    h = model._pos_embed(model.patch_embed(PICTURES[:1])).detach()[0]
+    parts = torch.diag_embed(torch.ones(len(h)))[..., None] * h  # (token it comes from, token it lies at, channels)
+
+    def norm(layer, x, parts):
+        scale = layer.weight / (x.var(-1, unbiased=False, keepdim=True) + layer.eps).sqrt()
+        return layer(x), (parts - parts.mean(-1, keepdim=True)) * scale
+
+    for block in model.blocks:
+        x, p = norm(block.norm1, h, parts)
+        heads, size = block.attn.num_heads, h.shape[1] // block.attn.num_heads
+        q, k, v = block.attn.qkv(x).unflatten(-1, (3, heads, size)).permute(1, 2, 0, 3)
+        values = (p @ block.attn.qkv.weight.T).unflatten(-1, (3, heads, size))[:, :, 2]
+        maps = (q @ k.mT / size**0.5).softmax(-1)
+        attended = torch.einsum("hqk,skhc->sqhc", maps, values).flatten(-2)
+        h = h + block.attn.proj((maps @ v).transpose(0, 1).flatten(-2))
+        parts = parts + attended @ block.attn.proj.weight.T
+        x, p = norm(block.norm2, h, parts)
+        hidden = block.mlp.fc1(x)
+        slope = F.gelu(hidden) / hidden
+        h = h + block.mlp.fc2(F.gelu(hidden))
+        parts = parts + (slope * (p @ block.mlp.fc1.weight.T)) @ block.mlp.fc2.weight.T
+    _, parts = norm(model.norm, h, parts)
+    expected = (parts[:, 0] @ model.head.weight.T)[1:, 3]
+    result = attribute(model, PICTURES[:1], 3, "IxG", DECOMPX)
+    torch.testing.assert_close(result.scores[0], expected.detach(), rtol=1e-3, atol=1e-5)
 
 
 # ---- one clear error -------------------------------------------------------------------------------------------------
@@ -591,10 +841,11 @@ def test_many_methods_on_one_recording_equal_one_by_one():
 def test_methods_combined_with_integrated_gradients_share_its_forward_passes():
     model, passes = tiny_vit(), []
     model.register_forward_hook(lambda *_: passes.append(1))
-    methods = {"IG": {"steps": 4}} | {f"IG {name}": {"steps": 4} for name in COMPOSED_WITH_IG}
-    together = attribute_many(model, PICTURES, 3, methods)
+    methods = {"IG": {"steps": 4}} | {f"IG {name}": {"steps": 4} for name in AVERAGED}
+    together = attribute_many(model, PICTURES, 3, methods, PLAIN)
     assert len(passes) == 1 + 4 + 1, "one to record, four along the path, one at its beginning"
     for name, options in methods.items():
-        torch.testing.assert_close(together[name].scores, attribute(model, PICTURES, 3, name, **options).scores)
-    again = attribute_many(model, PICTURES, 3, {"IG": {"steps": 4}, "IG GenAtt": {"steps": 7}})
-    torch.testing.assert_close(again["IG GenAtt"].scores, attribute(model, PICTURES, 3, "IG GenAtt", steps=7).scores)
+        torch.testing.assert_close(together[name].scores, attribute(model, PICTURES, 3, name, PLAIN, **options).scores)
+    again = attribute_many(model, PICTURES, 3, {"IG": {"steps": 4}, "IG GenAtt": {"steps": 7}}, PLAIN)
+    alone = attribute(model, PICTURES, 3, "IG GenAtt", PLAIN, steps=7)
+    torch.testing.assert_close(again["IG GenAtt"].scores, alone.scores)

@@ -224,3 +224,11 @@ def test_demo_writes_one_page_that_a_browser_shows(tmp_path):
     pixels = np.asarray(Image.open(screenshot).convert("RGB")).astype(int)
     orange = (pixels[..., 0] - pixels[..., 2] > 60).mean()
     assert orange > 0.005, "heatmaps and strips are visible"
+
+
+def test_integrated_gradients_run_plain_by_default(tmp_path, capsys):
+    needs_demo("llama")
+    command = ["text", "Ben has a red kite.", "--method", "ig", "-o", str(tmp_path / "out.html")]
+    assert cli.main(command) == 0
+    printed = capsys.readouterr().out
+    assert "(IG, plain; logit" in printed and "completeness error" in printed

@@ -89,7 +89,7 @@ def test_prompts_on_towers_of_timm(name):
     result = attribute_prompts(loaded, torch.randn(1, 3, 224, 224), ["a cat", "two dogs"], progress=False)
     assert result.maps.shape == (1, 2, *loaded.grid) and loaded.grid == (14, 14)
     assert loaded.prefix_tokens == (1 if name == "EVA02-B-16" else 0)
-    assert result.completeness_error.max() <= 1e-4 * result.similarity.abs().max()
+    assert result.completeness_error.max() <= 1e-4 * result.output.abs().max()
 
 
 @pytest.mark.parametrize("quick_gelu", [False, True])
@@ -139,16 +139,16 @@ def tiny() -> LoadedModel:
     return LoadedModel("clip", "tiny", model, blocks, tokenizer=tokenizer, prefix_tokens=1, grid=(4, 4))
 
 
-@pytest.mark.parametrize("method", ["FullGrad+", "GradCAM+", "LeGrad", "Attention Rollout"])
+@pytest.mark.parametrize("method", ["FullGrad+", "GradCAM+", "LeGrad", "Attention Rollout", "IG"])
 def test_pictures_and_prompts_at_once_equal_one_by_one(tiny, method):
     images, prompts = torch.randn(3, 3, 32, 32), ["a cat", "two dogs"]
     together = attribute_prompts(tiny, images, prompts, method, batch_size=2, progress=False)
-    assert together.maps.shape == (3, 2, 4, 4) and together.similarity.shape == (3, 2)
+    assert together.maps.shape == (3, 2, 4, 4) and together.output.shape == (3, 2)
     for i, image in enumerate(images):
         for p, text in enumerate(encode_prompts(tiny, prompts)):
             alone = attribute(tiny.model, image[None], text[None], method)
             torch.testing.assert_close(together.maps[i, p], alone.maps[0], rtol=1e-4, atol=1e-5)
-            torch.testing.assert_close(together.similarity[i, p], alone.output[0], rtol=1e-5, atol=1e-5)
+            torch.testing.assert_close(together.output[i, p], alone.output[0], rtol=1e-5, atol=1e-5)
     if method == "FullGrad+":
         assert together.completeness_error.max() <= 1e-4
 
@@ -170,7 +170,7 @@ def test_similarity_is_the_models_own(tiny):
     images, prompts = torch.randn(2, 3, 32, 32), ["a cat", "two dogs"]
     result = attribute_prompts(tiny, images, prompts, progress=False)
     logits, _ = tiny.model.get_logits(images, tiny.tokenizer(prompts))
-    torch.testing.assert_close(result.similarity, logits.detach(), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(result.output, logits.detach(), rtol=1e-5, atol=1e-5)
 
 
 def test_progress_goes_to_stderr(tiny, capsys):

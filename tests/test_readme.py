@@ -20,7 +20,7 @@ DISTRIBUTION_OF = {
     "skimage": "scikit-image",
     "sklearn": "scikit-learn",
 }
-DISTRIBUTION_OF |= {"yaml": "pyyaml"}
+DISTRIBUTION_OF |= {"pytorch_grad_cam": "grad-cam", "yaml": "pyyaml"}
 
 
 def canonical(name: str) -> str:
@@ -55,7 +55,6 @@ def declared(requirements: list[str]) -> set[str]:
 def undeclared(source: str, requirements: list[str]) -> set[str]:
     """What a piece of Python imports without the requirements (or the repository) providing it."""
     ours = {"libragrad_minimal", "google"}  # google.colab exists in Colab only
-    ours |= {"pytorch_grad_cam"}  # a peer that the speed benchmark skips, visibly, where it isn't
     ours |= {path.stem for path in [*ROOT.glob("[dt]*/*.py"), *ROOT.glob("tests/benchmarks/*.py")]}  # data/ and tests/
     used = {canonical(DISTRIBUTION_OF.get(name, name)) for name in imports(source) - ours}
     return used - declared(requirements)

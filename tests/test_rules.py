@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from libragrad_minimal import ATTN_LRP, LIBRA, PLAIN, Rules, audit, libra_grad
+from libragrad_minimal import ATTN_LRP, CP_LRP, LIBRA, PLAIN, Rules, audit, libra_grad
 
 
 def draw(*shape):
@@ -256,6 +256,38 @@ def test_product_shares_the_gradient_and_gates_are_constant(name):
     function, repaired = PRODUCTS[name]
     a, b = draw(3, 4), draw(3, 4) + 0.1
     torch.testing.assert_close(balanced(function, a, b), reference(repaired, a, b), rtol=1e-9, atol=1e-12)
+
+
+GATED = {  # what CP-LRP holds constant where two streams are multiplied: an activation's result
+    "silu": (lambda a, b: F.silu(a) * b, lambda a, b: constant(F.silu(a)) * b),
+    "silu comes second": (lambda a, b: b * F.silu(a), lambda a, b: constant(F.silu(a)) * b),
+    "silu by hand": (lambda a, b: (a * torch.sigmoid(a)) * b, lambda a, b: constant(F.silu(a)) * b),
+    "gelu by hand": (
+        lambda a, b: 0.5 * a * (1 + torch.erf(a / math.sqrt(2))) * b,
+        lambda a, b: constant(F.gelu(a)) * b,
+    ),
+    "scaled and reshaped": (
+        lambda a, b: (2 * F.gelu(a)).flatten() * b.flatten(),
+        lambda a, b: (constant(2 * F.gelu(a)) * b).flatten(),
+    ),
+    "relu": (lambda a, b: F.relu(a) * b, lambda a, b: constant(F.relu(a)) * b),
+    "behind a linear layer it is a stream": (
+        lambda a, b: (F.relu(a) @ GATE.T) * (b @ GATE.T),
+        lambda a, b: 0.5 * (constant(F.relu(a) @ GATE.T) * (b @ GATE.T) + (F.relu(a) @ GATE.T) * constant(b @ GATE.T)),
+    ),
+    "two streams": (lambda a, b: a * b, lambda a, b: 0.5 * (a * constant(b) + constant(a) * b)),
+    "two activations": (
+        lambda a, b: F.relu(a) * F.relu(b),
+        lambda a, b: 0.5 * (F.relu(a) * constant(F.relu(b)) + constant(F.relu(a)) * F.relu(b)),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", GATED)
+def test_cp_lrp_holds_activated_factors_constant(name):
+    function, repaired = GATED[name]
+    a, b = draw(3, 4), draw(3, 4)
+    torch.testing.assert_close(balanced(function, a, b, rules=CP_LRP), reference(repaired, a, b), rtol=1e-9, atol=1e-12)
 
 
 def test_grouped_matrix_product_of_experts():

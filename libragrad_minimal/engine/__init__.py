@@ -21,11 +21,12 @@ from .backward import Audit, audit, balanced, libra_grad
 from .observed import observed, record_residuals
 from .operations import register_rule
 from .plan import UnsupportedOperation
-from .rules import ALI_LRP, ATTN_LRP, DECOMPX, LIBRA, PLAIN, Rules
+from .rules import ALI_LRP, ATTN_LRP, CP_LRP, DECOMPX, LIBRA, PLAIN, Rules
 
 __all__ = [
     "ALI_LRP",
     "ATTN_LRP",
+    "CP_LRP",
     "DECOMPX",
     "LIBRA",
     "PLAIN",

@@ -97,7 +97,7 @@ ReflectionPad2D ReplicationPad1D ReplicationPad2D AvgPool1D AvgPool2D AvgPool3D 
 MkldnnAdaptiveAvgPool2D MaxPool2DWithIndices MaxPool3DWithIndices AdaptiveMaxPool2D UpsampleNearest1D
 UpsampleNearest2D UpsampleNearest3D UpsampleNearestExact1D UpsampleNearestExact2D UpsampleNearestExact3D
 UpsampleLinear1D UpsampleBilinear2D UpsampleTrilinear3D UpsampleBicubic2D UpsampleBilinear2DAa UpsampleBicubic2DAa
-DiagEmbed PixelShuffle PixelUnshuffle Relu LeakyRelu RreluWithNoise Threshold Abs Max Min Amax Amin Cummax
+DiagEmbed PixelShuffle PixelUnshuffle Abs Max Min Amax Amin Cummax
 Cummin Maximum Minimum Fmax Fmin Sort Topk Kthvalue Median NanToNum ViewAsReal ViewAsComplex Real Imag Complex Conj
 BlockDiag Hardshrink ResolveConj FftR2C FftC2R FftC2C Fill Zero
 """.split()
@@ -244,6 +244,7 @@ def embedding_bag(node: Node) -> Operation | None:
 
 OPERATIONS: dict[str, Entry] = {
     **dict.fromkeys(LINEAR, Operation("linear")),
+    **dict.fromkeys("Relu LeakyRelu RreluWithNoise Threshold".split(), Operation("linear", "activation")),
     **BALANCED,
     **GATES,
     **PRODUCTS,

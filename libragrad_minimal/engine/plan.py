@@ -361,7 +361,29 @@ def product(plan: Plan, node: Node, operation: Operation, live: list[int]) -> Ve
         return plain(inside or "product"), flows
     if not operation.separable:
         return REFUSED, flows
+    if inside is None and plan.rules.product == "hold":
+        held = [i for i in factors if is_activated(plan, plan.graph[node][i])]
+        if len(held) == 1:
+            flows = [(i, rule) for i, rule in flows if i not in held]
+            return Treatment("activated factor constant (product)", repair=scale_operands({held[0]: None})), flows
     return halved(plan, node, factors), flows
+
+
+def is_activated(plan: Plan, edge: Edge) -> bool:
+    """Is this the result of an activation, perhaps reshaped, scaled or written out as x * sigmoid(x)?"""
+    node = edge[0]
+    while node in plan.values:
+        operation = plan.operations[node]
+        live = [child for child in plan.graph[node] if plan.value(child) is not None]
+        if operation is None or operation.rule == "activation":
+            return operation is not None
+        gates = [value for child in live if (value := plan.value(child)) is not None and value.gate is not None]
+        if gates:
+            return operation.role == "product" and gates[0].rule == "activation"
+        if len(live) != 1 or not (operation.role == "linear" or operation_name(node) == "Mul"):
+            return False
+        node = live[0][0]
+    return False
 
 
 def halved(plan: Plan, node: Node, factors: Sequence[int], complete: bool = True) -> Treatment:

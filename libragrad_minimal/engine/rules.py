@@ -6,6 +6,7 @@ from dataclasses import dataclass, fields, replace
 from typing import Literal
 
 Rule = Literal["attention", "activation", "norm", "product"]
+OTHER_FORMS = {"attention": "halve", "product": "hold"}  # of a repair, beside on and off
 
 
 @dataclass(frozen=True)
@@ -18,6 +19,8 @@ class Rules:
                 (theorem 5).
     norm:       the denominator of a normalisation or division is constant (theorem 5, corollary 2).
     product:    each factor of a product of two streams gets half the gradient; x**k gets 1/k of it (theorem 4, Euler).
+                "hold" holds a factor constant that is an activation's result, as in SwiGLU's up * silu(gate), so that
+                the other gets all of it; products without one are halved (CP-LRP).
     residual:   share a residual addition's relevance by sign agreement (ResLRP, Berend et al. 2026); the forward pass
                 must have run inside `observed(residuals=True)`.
 
@@ -27,14 +30,14 @@ class Rules:
     attention: bool | Literal["halve"] = True
     activation: bool = True
     norm: bool = True
-    product: bool = True
+    product: bool | Literal["hold"] = True
     residual: bool = False
 
     def __post_init__(self) -> None:
         for field in fields(self):
-            value = getattr(self, field.name)
-            if not isinstance(value, bool) and (field.name, value) != ("attention", "halve"):
-                choices = 'True, False or "halve"' if field.name == "attention" else "True or False"
+            value, other = getattr(self, field.name), OTHER_FORMS.get(field.name)
+            if not isinstance(value, bool) and (other is None or value != other):
+                choices = "True or False" if other is None else f'True, False or "{other}"'
                 raise ValueError(f"the rule {field.name} is {choices}, got {value!r}")
 
     def without(self, *names: str) -> Rules:
@@ -44,13 +47,21 @@ class Rules:
             raise ValueError(f"no rule is called {sorted(unknown)}; there are {sorted(known)}")
         return replace(self, **dict.fromkeys(names, False))
 
-    def switch(self, rule: Rule) -> bool | Literal["halve"]:
-        """Whether, and for attention how, the repair of this name is done."""
+    def switch(self, rule: Rule) -> bool | Literal["halve", "hold"]:
+        """Whether, and for attention and products how, the repair of this name is done."""
         return getattr(self, rule)
 
 
 LIBRA = Rules()
 PLAIN = Rules(attention=False, activation=False, norm=False, product=False)
-ATTN_LRP = Rules(attention="halve")  # Achtibat et al. 2024
-ALI_LRP = Rules(activation=False, product=False)  # Ali et al. 2022, conservative propagation
-DECOMPX = Rules(product=False)  # DecompX-like: Libra without the product rule
+# Achtibat et al. 2024. Relevance of positions (PA-LRP, Bakish et al. 2025) isn't split off from that of queries and
+# keys: what a rotary embedding multiplies them with is a constant that a graph can't tell from any other. Learned
+# positions are part of the first tokens.
+ATTN_LRP = Rules(attention="halve")
+ALI_LRP = Rules(activation=False, product=False)  # Ali et al. 2022; not conservative where two streams are multiplied
+CP_LRP = Rules(product="hold")  # conservative propagation as Achtibat et al. 2024 have it, gates of SwiGLU constant
+# DecompX (Modarressi et al. 2023): Libra without the product rule. The original propagates a vector for each token
+# through layers that are linear once their gates are constant. A vector's share of a logit is therefore <h, gradient>
+# under these rules, for all tokens in one backward pass (a test propagates the vectors). Left out is the original's
+# spreading of biases over tokens; here each counts by itself.
+DECOMPX = Rules(product=False)
