@@ -356,3 +356,13 @@ def test_operands_that_are_overwritten_are_refused_by_the_residual_rule():
         a.mul_(2)
     with pytest.raises(ValueError, match="changed in place after it had been added"):
         libra_grad(output, x, Rules(residual=True))
+
+
+def test_compiled_models_run_eagerly_until_the_end():
+    """Also after a function that is watched step by step."""
+    model = torch.compile(nn.Linear(6, 6).double().requires_grad_(False), backend="aot_eager")
+    x = draw(2, 6)
+    with observed():
+        output = model(F.normalize(x)).sum(1)
+    assert "CompiledFunction" not in str(audit(output, x))
+    assert "CompiledFunction" in str(audit(model(x).sum(1), x))

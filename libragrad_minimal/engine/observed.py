@@ -75,10 +75,9 @@ class observed(TorchFunctionMode):
     def __torch_function__(self, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         if function not in NOTICED and not isinstance(function, OPERATORS):
-            if not is_written_in_python(function):
-                return function(*args, **kwargs)
-            with self:  # its steps, one by one
-                return step_by_step(function)(*args, **kwargs)
+            return (
+                self.watched(function)(*args, **kwargs) if is_written_in_python(function) else function(*args, **kwargs)
+            )
         check_eval_mode(function, args, kwargs)
         if function in IN_PLACE and not torch.is_grad_enabled() and is_live(args[0]) and not args[0].is_leaf:
             raise UnsupportedOperation(
@@ -91,6 +90,18 @@ class observed(TorchFunctionMode):
         if live is None:
             return function(*args, **kwargs)
         return self.with_leaves(function, live, list(args), dict(kwargs))
+
+    def watched(self, function: Callable) -> Callable:
+        """A function written in Python, with this context around each of its steps."""
+
+        def watched(*args, **kwargs):
+            super(observed, self).__enter__()
+            try:
+                return step_by_step(function)(*args, **kwargs)
+            finally:
+                super(observed, self).__exit__(None, None, None)
+
+        return watched
 
     def with_leaves(self, function: Callable, live: Tensor, args: list[Any], kwargs: dict[str, Any]) -> Any:
         if function in IN_ONE_GO:
