@@ -1,7 +1,7 @@
 """What has to be known of timm, transformers and open_clip: how a model is called, and what it says of itself.
 
-Nothing else in this package names a library or one of its classes. Where a model says nothing, streams.py and layout.py
-find out by running it.
+Nothing else that explains a model names a library or one of its classes (zoo.py makes models, to be swept). Where a
+model says nothing, streams.py and layout.py find out by running it.
 """
 
 from __future__ import annotations
@@ -15,6 +15,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from .engine import UnsupportedOperation
 
 TOKEN_IDS = "input_ids"
 EMBEDDINGS = "inputs_embeds"
@@ -164,7 +166,7 @@ def is_ours(error: Exception) -> bool:
     while place is not None and place.tb_next is not None:
         place = place.tb_next
     raised_here = place is not None and Path(place.tb_frame.f_code.co_filename).is_relative_to(Path(__file__).parent)
-    return raised_here and isinstance(error, ValueError)
+    return raised_here and isinstance(error, ValueError | UnsupportedOperation)
 
 
 def answer_of(result: Any) -> Any:

@@ -7,7 +7,7 @@ import transformers
 from measuring import memory
 from small_models import IDS, PICTURES, TEXT, perturbed
 
-from libragrad_minimal import attribute, libra_grad
+from libragrad_minimal import UnsupportedOperation, attribute, libra_grad
 
 
 def picture_model():
@@ -188,3 +188,17 @@ def test_an_incomplete_result_warns():
     finally:
         operations.OPERATIONS.clear()
         operations.OPERATIONS.update(before)
+
+
+def test_a_refusal_of_the_engines_is_not_blamed_on_the_inputs():
+    class Silent(torch.nn.Module):
+        def forward(self, x):
+            y = 2 * x
+            with torch.no_grad():
+                y.add_(1)
+            return y
+
+    model = picture_model()
+    model.norm = Silent()
+    with pytest.raises(UnsupportedOperation, match="^add_ changed a tensor .* inside torch.no_grad"):
+        attribute(model, PICTURES, 1)
