@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -43,7 +44,7 @@ def padded(function: Callable, live: Tensor, args: list[Any], kwargs: dict[str, 
     call = dict(zip(("input", "pad", "mode", "value"), args, strict=False)) | kwargs
     value = call.get("value") or 0
     result = without_row(function(*args, **kwargs))
-    if call.get("mode", "constant") != "constant" or value == 0:
+    if call.get("mode", "constant") != "constant" or value == 0 or not math.isfinite(value):
         return result
     leaf = leaves(value, live)  # on the border: everywhere, less the inside; no step of this saves anything
     border = leaf.expand(result.shape) - without_row(F.pad(leaf.expand(live.shape), call["pad"], value=0))
