@@ -1,9 +1,9 @@
 """Measure every attribution method, plain and Libra, on pictures with two objects, for the gallery of notebook 03.
 
     python data/gallery.py scenes   # the demo ViT on 100 GlyphScenes       -> data/gallery_scenes.npz
-    python data/gallery.py photos   # an ImageNet ViT-Tiny on 40 collages   -> data/gallery_photos.npz
-    python data/gallery.py prompts  # the demo CLIP on 100 GlyphScenes      -> data/gallery_prompts.npz
-    python data/gallery.py text     # the demo Llama on 100 questions       -> data/gallery_text.npz
+    python data/gallery.py photos   # an ImageNet ViT-Tiny on 20 collages   -> data/gallery_photos.npz
+    python data/gallery.py prompts  # the demo CLIP on 50 GlyphScenes       -> data/gallery_prompts.npz
+    python data/gallery.py text     # the demo Llama on 50 questions        -> data/gallery_text.npz
 
 Each file holds names, "method | rules | metric", and values (names, pictures). Deletion is measured by two protocols,
 and a metric of it bears the protocol's name: "SRG, occlude patches" at 10, 30 ... 90 % of the patches and the untouched
@@ -176,9 +176,9 @@ def question(seed: int, llama: LoadedModel) -> dict:
 
 BENCHMARKS = {  # which model, which pictures or questions and how many, how to measure them
     "scenes": (lambda: load_demo("vit"), scene, 100, partial(measure_pictures, sweep=True)),
-    "photos": (lambda: load_pretrained("vit", VIT_TINY), collage, 40, measure_pictures),
-    "prompts": (lambda: load_demo("clip"), phrased_scene, 100, measure_pictures),
-    "text": (lambda: load_demo("llama"), question, 100, measure_text),
+    "photos": (lambda: load_pretrained("vit", VIT_TINY), collage, 20, measure_pictures),
+    "prompts": (lambda: load_demo("clip"), phrased_scene, 50, measure_pictures),
+    "text": (lambda: load_demo("llama"), question, 50, measure_text),
 }
 
 

@@ -9,6 +9,7 @@ from small_models import perturbed
 @pytest.fixture(scope="session")
 def vit():
     """A timm ViT of three blocks, 4 x 4 patches behind a class token, five classes."""
+    torch.manual_seed(0)
     config = dict(img_size=32, patch_size=8, embed_dim=24, num_heads=2, depth=3, num_classes=5)
     return perturbed(timm.models.VisionTransformer(**config))
 
