@@ -258,7 +258,8 @@ def sweep(library: str, names: Sequence[str], path: Path, processes: int = 1, bo
                 while left and len(running) < processes:
                     running.append(begun(processes_of_models, library, left.pop(0), bounds))
                 bar.set_postfix_str(", ".join(run.name for run in running))
-                wait([run.answers for run in running], timeout=1)
+                soonest = min(run.until for run in running)
+                wait([run.answers for run in running], timeout=max(0.0, min(1.0, soonest - time.monotonic())))
                 for run in list(running):
                     row = outcome(run, bounds)
                     if row is not None:
