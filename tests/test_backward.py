@@ -16,6 +16,7 @@ from libragrad_minimal import (
     ATTN_LRP,
     LIBRA,
     PLAIN,
+    Rules,
     UnsupportedOperation,
     additive_constants,
     audit,
@@ -727,3 +728,89 @@ def test_additive_constants_of_a_freed_graph(model, x):
     parts = (x, *additive_constants(output, x))  # what is added is known without what was saved
     with pytest.raises(RuntimeError, match="has been freed.*retain_graph=True"):
         libra_grad(output, parts)
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (("Own", "gate", "nonsense"), "'nonsense' is no rule; there are attention, activation, norm, product"),
+        (("Own", "shape"), "'shape' is no role; there are linear"),
+        (("MulBackward0", "linear"), "'MulBackward0' is no operation.*without 'Backward'"),
+        ((nn.ReLU, "linear"), "ReLU.*is no operation"),
+        (("Own", "balanced", "norm", 3), "backward is .*got 3"),
+    ],
+)
+def test_register_rule_says_what_is_wrong(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        register_rule(*arguments)
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (dict(streams=3), "streams are numbers of operands"),
+        (dict(factors=(0, 0)), "a product has two factors"),
+        (dict(degree=0), "a number that isn't 0, got 0"),
+    ],
+)
+def test_register_rule_checks_its_options(options, message):
+    with pytest.raises(ValueError, match=message):
+        register_rule("Own", "product", **options)
+
+
+class Own(torch.autograd.Function):
+    @staticmethod
+    def forward(context, x):
+        return 2 * x
+
+    @staticmethod
+    def backward(context, gradient):
+        return 2 * gradient
+
+
+@pytest.mark.parametrize(
+    "rule, message",
+    [
+        (dict(role="product", factors=(5, 9)), "told of operand 9 of Own, which has 1"),
+        (dict(role="linear", backward=lambda node, mine, given: None), "must return a tuple of gradients"),
+        (dict(role="linear", backward=lambda node, mine, given: (given[0].sum(),)), r"of the shapes \(\(2, 3\),\)"),
+    ],
+)
+def test_a_rule_that_does_not_fit_is_found_when_it_is_used(rule, message, monkeypatch):
+    monkeypatch.setattr(operations, "TAUGHT", {})
+    register_rule("Own", **rule)
+    x = torch.randn(2, 3, requires_grad=True)
+    with pytest.raises(ValueError, match=message):
+        libra_grad(Own.apply(x).sum(1), x)
+
+
+def test_a_constant_operand_of_a_function_that_was_taught_has_a_row(monkeypatch):
+    class Plus(torch.autograd.Function):
+        @staticmethod
+        def forward(context, x, constant):
+            return x + constant
+
+        @staticmethod
+        def backward(context, gradient):
+            return gradient, gradient
+
+    monkeypatch.setattr(operations, "TAUGHT", {})
+    register_rule(Plus, "linear")
+    x = torch.randn(2, 3, requires_grad=True)
+    assert "adds a constant without a gradient" in str(audit(Plus.apply(x, torch.ones(3)).sum(1), x))
+    assert "adds a constant" not in str(audit(Plus.apply(x, 2 * x).sum(1), x))
+
+
+def test_rules_are_switches():
+    with pytest.raises(ValueError, match="the rule attention is True, False or \"halve\", got 'nonsense'"):
+        Rules(attention="nonsense")
+    with pytest.raises(ValueError, match="the rule norm is True or False, got 'halve'"):
+        Rules(norm="halve")
+
+
+def test_complex_outputs_and_no_inputs():
+    x = torch.randn(3, requires_grad=True)
+    with pytest.raises(ValueError, match="output 0 is complex: explain a real number"):
+        libra_grad((x * 1j).sum(), x)
+    with pytest.raises(ValueError, match="no inputs: name the tensors"):
+        libra_grad((x * 2).sum(), ())

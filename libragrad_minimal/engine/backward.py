@@ -279,7 +279,7 @@ def hook_up(node: Node, treatment: Treatment, balancing: Balancing, handles: lis
 def checked_gradients(node: Node, mine: Gradients, plain: Gradients) -> Gradients:
     """What a function taught by register_rule returned, held against what PyTorch's own derivative did."""
     alike = isinstance(mine, tuple) and len(mine) == len(plain)
-    pairs = [(a, b) for a, b in zip(mine, plain, strict=False) if a is not None and b is not None]
+    pairs = [(a, b) for a, b in zip(mine, plain, strict=True) if a is not None and b is not None] if alike else []
     if not alike or any(a.shape != b.shape for a, b in pairs):
         shapes = tuple(None if gradient is None else tuple(gradient.shape) for gradient in plain)
         raise ValueError(
