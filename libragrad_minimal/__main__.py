@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from .attribution import Attribution, attribute
-from .engine import ALI_LRP, ATTN_LRP, CP_LRP, DECOMPX, LIBRA, PLAIN, Audit, Rules, audit
-from .methods import METHODS
+from .engine import Audit, Rules, audit
+from .methods import METHODS, NAMED_RULES
 
 
 def refuse(error: ModuleNotFoundError) -> int:
@@ -44,15 +44,6 @@ try:
 except ModuleNotFoundError as error:
     sys.exit(refuse(error))
 
-RULES = {
-    "libra": LIBRA,
-    "plain": PLAIN,
-    "attn-lrp": ATTN_LRP,
-    "ali-lrp": ALI_LRP,
-    "cp-lrp": CP_LRP,
-    "decompx": DECOMPX,
-    "residual": replace(LIBRA, residual=True),
-}
 REAL = {
     "vit": "vit_base_patch16_224.augreg2_in21k_ft_in1k",
     "clip": "ViT-B-16/laion2b_s34b_b88k",
@@ -68,6 +59,7 @@ EXAMPLES = """examples:
   $libragrad text "The capital of France is" --model {llama} --target Paris --against London -o strip.html
   $libragrad audit vit_base_patch16_siglip_224
   $libragrad sweep timm --pattern "vit_tiny*"
+  $libragrad benchmark --model vit --data scenes:40 -o measured
 """.format(**REAL)
 
 
@@ -122,7 +114,7 @@ def parser() -> argparse.ArgumentParser:
 
     for sub, kind, suffix in ((image, "vit", "png"), (clip, "clip", "png"), (text, "llama", "html")):
         sub.add_argument("--method", default="FullGrad+", type=method_name, help=f"one of {', '.join(METHODS)}")
-        sub.add_argument("--rules", choices=RULES, help="how gradients flow back (default: libra, for IG plain)")
+        sub.add_argument("--rules", choices=NAMED_RULES, help="how gradients flow back (default: libra, for IG plain)")
         sub.add_argument(
             "--model", help=f"such as {REAL[kind]}; default: the small demo model shipped with this project"
         )
@@ -151,6 +143,38 @@ def parser() -> argparse.ArgumentParser:
     swept.add_argument("--gigabytes", type=float, default=6, help="that a model may use (default: %(default)s)")
     swept.add_argument(
         "-o", "--output", type=Path, help="the table, or a folder for it; default: sweep_LIBRARY.csv, here"
+    )
+
+    measured = command(
+        benchmark_command,
+        "benchmark",
+        "does it tell the truth? Every method on a data set, in one table; goes on where it was",
+    )
+    measured.add_argument(
+        "--model", help="vit, clip, llama (the demos); a name of timm, open_clip (NAME/TAG) or the hub"
+    )
+    measured.add_argument(
+        "--data", metavar="KIND:WHERE", help="imagenet, imagenet-s, objects, pets, coco, mura, hub, scenes; texts, hub"
+    )
+    measured.add_argument("--methods", nargs="+", type=method_name, help=f"of {', '.join(METHODS)}")
+    measured.add_argument("--rules", nargs="+", choices=NAMED_RULES, help="default: plain libra")
+    measured.add_argument("--metrics", nargs="+", choices=["completeness", "deletion", "segmentation"])
+    measured.add_argument(
+        "--protocol", dest="protocols", nargs="+", choices=["drop", "paint"], help="of deletion; default: both"
+    )
+    measured.add_argument("--target", choices=["predicted", "true", "second"], help="default: predicted")
+    measured.add_argument("--probability", action="store_true", default=None, help="explain p(class), not its logit")
+    measured.add_argument("--count", type=int, help="only so many examples, spread evenly; default: all")
+    measured.add_argument("--batch", type=int, help="examples at a time (default: 8)")
+    measured.add_argument("--threads", type=int, help="CPU threads of a process (default: 1, so start more processes)")
+    measured.add_argument("--seed", type=int, help="default: 0")
+    measured.add_argument("--device-map", choices=["auto"], help="spread a language model over several devices")
+    measured.add_argument("--csv", action="store_true", help="the table as CSV too")
+    measured.add_argument(
+        "--compare", nargs=2, metavar=("A", "B"), help="measure nothing; two runs ('FullGrad+ libra') or two folders"
+    )
+    measured.add_argument(
+        "-o", "--output", type=Path, default=Path("benchmark"), help="a folder (default: %(default)s, here)"
     )
 
     demo = command(demo_command, "demo", "everything above on the shipped models, offline, on one page")
@@ -239,6 +263,33 @@ def sweep_command(args: argparse.Namespace) -> int:
     return int(any(row["attribute"].startswith((RAW, WRONG)) or row["engine"] in (RAW, WRONG) for row in rows))
 
 
+def benchmark_command(args: argparse.Namespace) -> int:
+    from . import benchmark, report
+
+    if args.compare:
+        first, second = args.compare
+        table = benchmark.compare(first, second, args.output)
+        print(table.to_string(index=False, float_format="{:.3f}".format))
+        return 0
+    if not (args.model and args.data):
+        raise ValueError("a benchmark needs --model and --data, or --compare")
+    named = {name: getattr(args, name) for name in benchmark.Settings.__dataclass_fields__}
+    chosen: dict[str, Any] = {n: tuple(v) if isinstance(v, list) else v for n, v in named.items() if v is not None}
+    settings = benchmark.Settings(**chosen)
+    path = benchmark.run(settings, args.output, args.device_map)
+    if path is None:
+        print(f"this process's share is done; the table in {args.output} comes when the others are")
+        return 0
+    table = benchmark.read_table(args.output)
+    if args.csv:
+        table.to_csv(path.with_suffix(".csv"), index=False)
+    report.figure(table).savefig(path.with_name("figure.png"), dpi=120)
+    told = [(name, str(value)) for name, value in vars(settings).items()]
+    path.with_name("report.html").write_text(report.page(table, told), encoding="utf-8")
+    print(f"{len(benchmark.skipped(table))} examples skipped; wrote {path}, figure.png and report.html beside it")
+    return 0
+
+
 def demo_command(args: argparse.Namespace) -> int:
     if not args.output.parent.is_dir():
         raise ValueError(f"the folder {args.output.parent} doesn't exist: make it first")
@@ -272,7 +323,7 @@ def attribute_phrases(
 
 
 def named_rules(rules: str | None) -> Rules | None:
-    return None if rules is None else RULES[rules]
+    return None if rules is None else NAMED_RULES[rules]
 
 
 def attribute_text(
@@ -295,7 +346,7 @@ def attribute_text(
             return logits[:, chosen] - logits[:, other]
 
     result = attribute(loaded.model, inputs, explained, method, named_rules(rules), readout="last")
-    name = next(name for name, known in RULES.items() if known == result.rules)
+    name = next(name for name, known in NAMED_RULES.items() if known == result.rules)
     title += f" ({method}, {name}; logit {'difference ' if against else ''}{result.output[0]:.2f})"
     return Strip(token_texts(loaded.tokenizer, inputs["input_ids"][0]), result.scores[0].tolist(), title), result
 

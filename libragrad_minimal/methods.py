@@ -1,12 +1,14 @@
-"""The attribution methods by name. To add one, write the function and name it here; nothing else lists them."""
+"""The attribution methods and the sets of rules by name. To add a method, write the function and name it here; nothing
+else lists them."""
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Iterable
+from dataclasses import replace
 
 from . import attention_methods, averaged, cams, gradient_methods
-from .engine import LIBRA, Rules
+from .engine import ALI_LRP, ATTN_LRP, CP_LRP, DECOMPX, LIBRA, PLAIN, Rules
 from .recording import BETWEEN, CONSTANTS, LAYERS, MAP_GRADIENTS, MAPS
 from .scores import Method
 
@@ -33,6 +35,16 @@ METHODS: dict[str, Method] = {
     "IG": averaged.integrated_gradients,
     "SmoothGrad": averaged.smoothgrad,
     "Random": gradient_methods.random_scores,
+}
+
+NAMED_RULES: dict[str, Rules] = {
+    "libra": LIBRA,
+    "plain": PLAIN,
+    "attn-lrp": ATTN_LRP,
+    "ali-lrp": ALI_LRP,
+    "cp-lrp": CP_LRP,
+    "decompx": DECOMPX,
+    "residual": replace(LIBRA, residual=True),
 }
 
 

@@ -51,7 +51,7 @@ def load_demo(kind: str) -> LoadedModel:
     return _loader(DEMOS, kind)(read_checkpoint(DATA / f"demo_{kind}.safetensors"))
 
 
-def load_pretrained(kind: str, name: str) -> LoadedModel:
+def load_pretrained(kind: str, name: str, device_map: str | None = None) -> LoadedModel:
     """A public model, downloaded once, then taken from the Hugging Face cache.
 
     Args:
@@ -59,13 +59,19 @@ def load_pretrained(kind: str, name: str) -> LoadedModel:
         name: for "vit" a timm name; for "llama" a hub's name or a folder; for "clip" open_clip's name and tag,
             "ViT-B-16/laion2b_s34b_b88k", a name and a file in place of the tag, "ViT-B-16/folder/weights.safetensors",
             or "hf-hub:owner/name" or "local-dir:folder", which hold their own shape.
+        device_map: of a "llama": "auto" spreads one that is too large for a device over all there are (accelerate).
     Returns:
         The model in eval mode: a "llama" on the GPU in half precision where there is one, all others on the CPU, fp32.
     Raises:
         ValueError: an unknown kind, or a model without Transformer blocks in the usual place.
         OSError: the hub can't be reached. For an unknown name, whatever the hub's library raises.
     """
-    return _loader(PRETRAINED, kind)(name)
+    load = _loader(PRETRAINED, kind)
+    if device_map is None:
+        return load(name)
+    if kind != "llama":
+        raise ValueError(f"device_map spreads language models over devices; {name} is none")
+    return load(name, device_map)
 
 
 # ---- ViT (timm) ----
@@ -135,11 +141,11 @@ def _demo_llama(checkpoint: "Checkpoint") -> LoadedModel:
     return _describe_llama("demo llama", checkpoint.fill(model), tokenizer)
 
 
-def _pretrained_llama(name: str) -> LoadedModel:
+def _pretrained_llama(name: str, device_map: str | None = None) -> LoadedModel:
     from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
 
     try:
-        return _download_llama(name)
+        return _download_llama(name, device_map)
     except OSError as error:
         refusal = _cause(error, HfHubHTTPError)
         misspelled = isinstance(refusal, RepositoryNotFoundError) and not isinstance(refusal, GatedRepoError)
@@ -153,19 +159,21 @@ def _pretrained_llama(name: str) -> LoadedModel:
                 "or in Colab a secret HF_TOKEN.",
                 stacklevel=3,
             )
-            return _download_llama(UNGATED_LLAMA)
+            return _download_llama(UNGATED_LLAMA, device_map)
         if _cause(error, LocalEntryNotFoundError) is not None:
             raise _unreachable(name, "the path of a folder that holds a model", "llama") from error
         raise
 
 
-def _download_llama(name: str) -> LoadedModel:
+def _download_llama(name: str, device_map: str | None) -> LoadedModel:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     device, dtype = _device_and_dtype()
     safe = {"trust_remote_code": False}  # said aloud, or transformers asks the user
     tokenizer = AutoTokenizer.from_pretrained(name, **safe)
-    model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, use_safetensors=True, **safe).to(device)
+    safe |= {"use_safetensors": True}
+    model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, device_map=device_map, **safe)
+    model = model if device_map else model.to(device)
     return _describe_llama(name, model, tokenizer)
 
 

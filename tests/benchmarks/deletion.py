@@ -1,7 +1,8 @@
 """Deletion metrics against the loop one would write first: same curves, how much faster, where does the time go?
 
-python tests/benchmarks/deletion.py             # demo-sized ViT, 64x64 pictures
+python tests/benchmarks/deletion.py             # demo-sized ViT, 64x64 pictures, patches painted
 python tests/benchmarks/deletion.py --big       # ViT-Tiny, 224x224 pictures
+python tests/benchmarks/deletion.py --drop      # tokens dropped behind the position embedding
 """
 
 import argparse
@@ -11,12 +12,32 @@ import time
 import timm
 import torch
 
+from libragrad_minimal.dropping import drop_tokens, dropping
 from libragrad_minimal.metrics import FRACTIONS, deletion, occlude_patches
 
 
-def naive_deletion(model, images, scores, side):
-    """Method by method, picture by picture, order by order, fraction by fraction, patch by patch."""
-    size = images.shape[-1] // side
+def paint(model, image, gone, side):
+    """The model's logits when patches are painted, patch by patch, pixel by pixel."""
+    size = image.shape[-1] // side
+    picture = image.clone()
+    for patch in gone:
+        row, column = divmod(patch, side)
+        for y in range(row * size, (row + 1) * size):
+            for x in range(column * size, (column + 1) * size):
+                picture[:, y, x] = 0
+    return model(picture[None])[0]
+
+
+def drop(model, image, gone, side):
+    """The model's logits when patches' tokens don't enter its blocks."""
+    tokens = model.norm_pre(model._pos_embed(model.patch_embed(image[None])))
+    gone = set(gone)
+    kept = [0, *(1 + patch for patch in range(side * side) if patch not in gone)]
+    return model.forward_head(model.norm(model.blocks(tokens[:, kept])))[0]
+
+
+def naive_deletion(model, images, scores, side, answer):
+    """Method by method, picture by picture, order by order, fraction by fraction."""
     curves = {}
     for name, maps in scores.items():
         for order in ("mif", "lif"):
@@ -24,19 +45,15 @@ def naive_deletion(model, images, scores, side):
                 ranked = maps[i].argsort(descending=order == "mif", stable=True).tolist()
                 predicted = model(image[None]).argmax(1)
                 for k, fraction in enumerate((0, *FRACTIONS)):
-                    picture = image.clone()
-                    for patch in ranked[: round(fraction * len(ranked))]:
-                        row, column = divmod(patch, side)
-                        for y in range(row * size, (row + 1) * size):
-                            for x in range(column * size, (column + 1) * size):
-                                picture[:, y, x] = 0
-                    curves[name, order, i, k] = model(picture[None])[0, predicted].item()
+                    gone = ranked[: round(fraction * len(ranked))]
+                    curves[name, order, i, k] = answer(model, image, gone, side)[predicted].item()
     return curves
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--big", action="store_true", help="ViT-Tiny at 224x224 instead of the demo size")
+    parser.add_argument("--drop", action="store_true", help="drop tokens instead of painting patches")
     parser.add_argument("--pictures", type=int, default=2)
     parser.add_argument("--methods", type=int, default=4)
     parser.add_argument("--pairs", type=int, default=5, help="how often both are timed in turn (default: 5)")
@@ -49,6 +66,7 @@ def main():
     images = torch.randn(args.pictures, 3, *model.patch_embed.img_size)
     scores = {f"method {i}": torch.randn(args.pictures, side * side) for i in range(args.methods)}
 
+    answer, occlude = (drop, drop_tokens) if args.drop else (paint, occlude_patches)
     in_model = 0.0
 
     def timed_model(pictures):
@@ -59,14 +77,15 @@ def main():
         return logits
 
     fast, slow = [], []
+    model_fn = dropping(model, timed_model) if args.drop else timed_model
     with torch.no_grad():
         model(images)  # warm up
         for _ in range(args.pairs):
             start = time.perf_counter()
-            results = deletion(timed_model, images, scores, occlude_patches)
+            results = deletion(model_fn, images, scores, occlude)
             fast.append(time.perf_counter() - start)
             start = time.perf_counter()
-            expected = naive_deletion(model, images, scores, side)
+            expected = naive_deletion(model, images, scores, side, answer)
             slow.append(time.perf_counter() - start)
     ratio = statistics.median(s / f for s, f in zip(slow, fast, strict=True))
 

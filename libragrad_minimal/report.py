@@ -1,0 +1,113 @@
+"""What a benchmark found, for people: a figure and a page beside its table."""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections.abc import Sequence
+from html import escape
+
+import matplotlib.pyplot as plt
+import pandas as pd
+from matplotlib.figure import Figure
+
+from .benchmark import skipped, summary
+
+SHOWN = ["MIF accuracy", "LIF accuracy", "SRG", "SRG (logit)", "AP", "pointing game"]
+LOWER_IS_BETTER = {"completeness error"}
+NO_ORDER = {"output", "MIF AOPC", "LIF AOPC", "MIF log-odds", "LIF log-odds"}  # better means different things in them
+COLOURS = {"plain": "#7f7f7f", "libra": "#009e73", "": "black"}
+OTHERS = "#cc79a7"
+STYLE = """
+body{font-family:system-ui,sans-serif;max-width:72em;margin:2em auto;padding:0 1em;color-scheme:light dark}
+table{border-collapse:collapse;font-variant-numeric:tabular-nums}.wide{overflow-x:auto}
+td,th{padding:.2em .6em;text-align:right;border-bottom:1px solid #8884}td:first-child,th:first-child{text-align:left}
+img{max-width:100%;background:white}
+"""
+
+
+def columns(table: pd.DataFrame) -> pd.DataFrame:
+    """One row a run ("FullGrad+, libra"), one column a metric ("SRG, drop tokens"), in each (mean, standard error)."""
+    found = summary(table)
+    found["run"] = [", ".join(filter(None, names)) for names in zip(found["method"], found["rules"], strict=True)]
+    found["column"] = [", ".join(filter(None, n)) for n in zip(found["metric"], found["protocol"], strict=True)]
+    found["cell"] = list(zip(found["mean"], found["error"], strict=True))
+    order = list(dict.fromkeys(found["run"])), list(dict.fromkeys(found["column"]))
+    return found.pivot(index="run", columns="column", values="cell").reindex(index=order[0], columns=order[1])
+
+
+def figure(table: pd.DataFrame) -> Figure:
+    """A panel a metric: each run's mean with one standard error, the best on top."""
+    cells = columns(table)
+    chosen = [column for column in cells if column.split(", ")[0] in SHOWN] or list(cells)[:2]
+    size = (3.4 * len(chosen) + 1.5, 0.24 * len(cells) + 1)
+    result, panels = plt.subplots(1, len(chosen), figsize=size, squeeze=False, layout="constrained")
+    for axes, column in zip(panels[0], chosen, strict=True):
+        known = cells[column].dropna()
+        known = known.loc[sorted(known.index, key=lambda run: known[run][0])]
+        for place, (run, (mean, error)) in enumerate(known.items()):
+            rules = str(run).rpartition(", ")[2] if ", " in str(run) else ""
+            axes.errorbar(mean, place, xerr=error, fmt="o", color=COLOURS.get(rules, OTHERS), markersize=4)
+        axes.set_yticks(range(len(known)), list(known.index), fontsize=8)
+        axes.set_title(column, fontsize=9)
+        axes.grid(axis="x", alpha=0.3)
+    plt.close(result)
+    return result
+
+
+def page(table: pd.DataFrame, settings: Sequence[tuple[str, str]]) -> str:
+    """An HTML page with the figure, every mean with its standard error, what was skipped and the settings."""
+    cells, left_out = columns(table), skipped(table)
+    examples = table.loc[table["metric"] != "skipped", "example"].nunique()
+    body = [
+        f"<p>{examples} examples. Mean ± standard error; the best of a column in bold where there is a best.</p>",
+        f'<img alt="{escape(alternative(cells))}" src="data:image/png;base64,{encoded(figure(table))}">',
+        f'<div class="wide">{html_table(cells)}</div>',
+        f"<h2>Skipped: {len(left_out)}</h2><ul>{''.join(f'<li>{escape(reason)}</li>' for reason in left_out)}</ul>",
+        f"<h2>Settings</h2><ul>{''.join(f'<li>{escape(name)}: {escape(value)}</li>' for name, value in settings)}</ul>",
+    ]
+    head = '<meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>Benchmark</title>'
+    head += f"<style>{STYLE}</style>"
+    return f'<!doctype html><html lang="en"><head>{head}</head><body><h1>Benchmark</h1>{"".join(body)}</body></html>\n'
+
+
+def html_table(cells: pd.DataFrame) -> str:
+    best = {column: best_of(cells[column].dropna(), column) for column in cells}
+    rows = [f"<tr><th>run</th>{''.join(f'<th>{escape(str(column))}</th>' for column in cells)}</tr>"]
+    for run, values in cells.iterrows():
+        told = "".join(f"<td>{cell(values[column], values[column] == best[column])}</td>" for column in cells)
+        rows.append(f"<tr><td>{escape(str(run))}</td>{told}</tr>")
+    return f"<table>{''.join(rows)}</table>"
+
+
+def best_of(known: pd.Series, column: str) -> tuple[float, float] | None:
+    metric = column.split(", ")[0]
+    if metric in NO_ORDER or known.empty:
+        return None
+    return (min if metric in LOWER_IS_BETTER else max)(known)
+
+
+def cell(value: tuple[float, float] | float, best: bool) -> str:
+    if not isinstance(value, tuple):
+        return ""
+    mean, error = value
+    told = f"{mean:.3g} ± {error:.2g}" if error == error else f"{mean:.3g}"
+    return f"<b>{told}</b>" if best else told
+
+
+def alternative(cells: pd.DataFrame) -> str:
+    """The figure in words."""
+    said = []
+    for column in cells:
+        metric = str(column).split(", ")[0]
+        if metric in SHOWN:
+            known = cells[column].dropna()
+            best = max(known.index, key=lambda run: known[run][0])
+            said.append(f"by {column} {best} is highest with {known[best][0]:.3g}")
+    return "Means with standard errors of every run; " + "; ".join(said)
+
+
+def encoded(drawn: Figure) -> str:
+    buffer = io.BytesIO()
+    drawn.savefig(buffer, format="png", dpi=110)
+    return base64.b64encode(buffer.getvalue()).decode()
