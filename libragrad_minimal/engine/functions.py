@@ -38,6 +38,7 @@ def packet(function: Callable) -> Callable:
     return getattr(function, "overloadpacket", function)
 
 
+@cache
 def plain_name(function: Callable) -> str:
     return function.__name__.removeprefix("special_").rstrip("_")
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from functools import cache
 from numbers import Number
 from typing import Any
 
@@ -50,8 +51,12 @@ def leaves(value: Any, live: Tensor) -> Any:
         return number_as_leaf(value, live) if value != 0 and math.isfinite(abs(value)) else value
     if not is_plain_tensor(value) or value.requires_grad or not value.numel():
         return value
-    value = value.clone() if value.is_inference() else value.detach().as_subclass(Tensor)
-    return versioned(value.to(torch.promote_types(value.dtype, live.dtype)))  # its gradient will be that precise
+    value = value.clone() if value.is_inference() else value.detach()
+    if type(value) is not Tensor:
+        value = value.as_subclass(Tensor)
+    if value.dtype != live.dtype:
+        value = value.to(torch.promote_types(value.dtype, live.dtype))  # its gradient will be that precise
+    return versioned(value)
 
 
 def number_as_leaf(value: complex, live: Tensor) -> Tensor:
@@ -119,6 +124,7 @@ def make_written_tensor_live(function: Callable, args: list[Any]) -> bool:
     return False
 
 
+@cache
 def is_in_place(function: Callable) -> bool:
     name = getattr(function, "__name__", "")
     return name.startswith("__i") or name == "__setitem__" or name.endswith("_") and not name.endswith("__")
