@@ -16,7 +16,7 @@ by more than the differences that matter, the machine was too busy.
 
 What came out
 -------------
-Two quiet cores (an Intel at 2 GHz), torch 2.14, November 2026; medians of 3 x 15 pairs, or (*) of 15; memory 1.000
+Two quiet cores (an AMD EPYC at 2 GHz), torch 2.14, November 2026; medians of 3 x 15 pairs, or (*) of 15; memory 1.000
 everywhere. Trainable parameters / frozen ones:
 
 - ViT-B/16, batch 1: 0.919, 0.926, 0.942 / 0.928, 0.928, 0.929; batch 8: 0.893 * / 0.894 *
