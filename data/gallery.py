@@ -1,4 +1,4 @@
-"""Measure every attribution method, plain and Libra, on pictures with two objects, for the gallery of notebook 03.
+"""Measure every attribution method, plain and Libra, on pictures with two objects, for notebook 05.
 
     python data/gallery.py scenes   # the demo ViT on 100 GlyphScenes       -> data/gallery_scenes.npz
     python data/gallery.py photos   # an ImageNet ViT-Tiny on 20 collages   -> data/gallery_photos.npz

@@ -71,13 +71,22 @@ def page(table: pd.DataFrame, settings: Sequence[tuple[str, str]]) -> str:
     return f'<!doctype html><html lang="en"><head>{head}</head><body><h1>Benchmark</h1>{"".join(body)}</body></html>\n'
 
 
-def html_table(cells: pd.DataFrame) -> str:
+def html_table(cells: pd.DataFrame, shown: int | None = None) -> str:
+    """Mean ± standard error of every run and metric, the best of a column in bold; rows after `shown` are folded.
+
+    Args:
+        cells: from `columns`, or some of its rows and columns.
+        shown: how many rows are there at first; default: all.
+    """
     best = {column: best_of(cells[column].dropna(), column) for column in cells}
-    rows = [f"<tr><th>run</th>{''.join(f'<th>{escape(str(column))}</th>' for column in cells)}</tr>"]
+    head = f"<tr><th>run</th>{''.join(f'<th>{escape(str(column))}</th>' for column in cells)}</tr>"
+    rows = []
     for run, values in cells.iterrows():
         told = "".join(f"<td>{cell(values[column], values[column] == best[column])}</td>" for column in cells)
         rows.append(f"<tr><td>{escape(str(run))}</td>{told}</tr>")
-    return f"<table>{''.join(rows)}</table>"
+    top, rest = rows[:shown], rows[shown:] if shown else []
+    folded = f"<details><summary>the other {len(rest)} rows</summary><table>{head}{''.join(rest)}</table></details>"
+    return f"<table>{head}{''.join(top)}</table>{folded if rest else ''}"
 
 
 def best_of(known: pd.Series, column: str) -> tuple[float, float] | None:

@@ -21,7 +21,7 @@ import libragrad_minimal.__main__ as cli
 from libragrad_minimal import LIBRA, PLAIN, attribute, benchmark, libra_grad, report
 from libragrad_minimal.batches import pixels
 from libragrad_minimal.benchmark import Settings, compare, read_table, run, summary
-from libragrad_minimal.models import load_demo
+from libragrad_minimal.models import DATA, load_demo
 from libragrad_minimal.scenes import draw_scene
 
 FEW = Settings("vit", "scenes:6", methods=("IxG", "GenAtt", "RawAtt", "Random"), batch=4)
@@ -345,3 +345,20 @@ def test_rules_differ(measured):
     for rules, result in (("plain", plain), ("libra", libra)):
         error = value(table, "scene 0", "IxG", rules, "", "completeness error")
         assert error == pytest.approx(result.completeness_error.item(), rel=1e-3)
+
+
+# ---- what is stored for notebook 05 ----------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_stored_table_of_coco_is_what_its_command_measures(shared, tmp_path):
+    """Two methods on the first batch of pictures, on another machine perhaps."""
+    stored = pd.read_parquet(DATA / "benchmark_coco.parquet")
+    name, data = "vit_tiny_patch16_224.augreg_in21k_ft_in1k", f"objects:{shared / 'pictures' / 'coco'}"
+    settings = Settings(name, data, ("FullGrad+", "GenAtt"), metrics=("segmentation",), target="true", batch=4)
+    of = benchmark.subject(benchmark.load(name, torch.device("cpu")))
+    live = benchmark.measured(of, benchmark.open_data(data, of.loaded)[:4], settings)
+    keys = ["example", "method", "rules", "metric"]
+    both = live.merge(stored.astype({key: str for key in keys}), on=keys, suffixes=("", " stored"))
+    assert len(both) == len(live) == 4 * 2 * 2 * 5
+    assert np.isclose(both["value"], both["value stored"], atol=2e-3).all()
