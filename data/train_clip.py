@@ -22,7 +22,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from libragrad_minimal.models import load_demo, read_checkpoint
+from libragrad_minimal.checkpoints import read_checkpoint
+from libragrad_minimal.models import load_demo
 from libragrad_minimal.scenes import CLASSES, COLOURS, TRAINING_SEED, Scene, caption, draw_scene
 
 HERE = Path(__file__).parent

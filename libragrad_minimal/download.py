@@ -20,6 +20,8 @@ from threading import Thread
 from typing import Any
 from urllib.parse import quote, urljoin, urlsplit
 
+from .sentences import one_line
+
 PATIENCE = 20  # seconds in all, from the first name to the last byte
 MOST_REDIRECTS = 5
 PIECE = 65536  # bytes
@@ -59,18 +61,12 @@ def download(address: str, largest: int) -> bytes:
         reason = f"the server's answer can't be understood ({type(error).__name__})"
     except OSError as error:
         reason = error.strerror or type(error).__name__
-    by_way = "" if visited == address.strip() else f", redirected to {shown(visited)}"
-    raise ValueError(f"{shown(address)} can't be fetched{by_way}: {reason}")
+    by_way = "" if visited == address.strip() else f", redirected to {one_line(visited, 200)}"
+    raise ValueError(f"{one_line(address, 200)} can't be fetched{by_way}: {reason}")
 
 
 class Refused(Exception):
     """A reason of ours, as the end of a sentence."""
-
-
-def shown(address: str) -> str:
-    """An address as it can stand in a message: on one line, not too long, nothing that moves a terminal's cursor."""
-    text = "".join(letter if letter.isprintable() else " " for letter in address.strip())
-    return text if len(text) <= 200 else f"{text[:200]}..."
 
 
 @dataclass

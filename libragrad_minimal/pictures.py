@@ -8,6 +8,7 @@ import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from .download import download
+from .sentences import one_line
 
 # Pillow knows more, and some of those run programs: EPS is drawn by Ghostscript, which executes what the file says.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
@@ -70,7 +71,7 @@ def open_file(file: io.BytesIO | Path | str) -> Image.Image:
 
 
 def _damaged(name: str, error: Exception) -> ValueError:
-    return ValueError(f"{name} is a damaged picture: {' '.join(str(error).split())[:200] or type(error).__name__}")
+    return ValueError(f"{name} is a damaged picture: {one_line(error, 200) or type(error).__name__}")
 
 
 def _checked(picture: Image.Image, name: str) -> Image.Image:
