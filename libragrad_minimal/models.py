@@ -19,7 +19,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from .checkpoints import LONGEST, Checkpoint, damaged, read_checkpoint
-from .untrusted import check_open_clip_config, in_one_sentence, transformers_config
+from .untrusted import check_open_clip_config, config_of_weights, in_one_sentence
 
 PACKAGE = Path(__file__).resolve().parent
 SIDE = 64  # pixels, of what the demo models see
@@ -235,7 +235,7 @@ def _download_llama(name: str) -> LoadedModel:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     device, dtype = _device_and_dtype()
-    safe = {"trust_remote_code": False, "config": transformers_config(name)}  # said aloud, or transformers asks
+    safe = {"trust_remote_code": False, "config": config_of_weights(name)}  # said aloud, or transformers asks
     tokenizer = AutoTokenizer.from_pretrained(name, **safe)
     model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, use_safetensors=True, **safe).to(device)
     return _describe_llama(name, model, tokenizer)

@@ -7,8 +7,10 @@ to its tokenizer.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -76,6 +78,35 @@ def transformers_config(name: str) -> Any:
         if not chosen.issubset(OWN):
             setattr(config, setting, None)  # transformers sets it in the configs within, too
     return config
+
+
+def config_of_weights(name: str) -> Any:
+    """As `transformers_config`, of a model that is to be loaded: no more layers than the file has weights for.
+
+    Raises:
+        ValueError: there are more; transformers would build them all and fill them with random numbers.
+    """
+    config = transformers_config(name)
+    numbers = [int(part) for tensor in tensor_names(name) for part in tensor.split(".") if part.isdecimal()]
+    for path, value in entries(config):
+        if numbers and path.endswith(("layers", "n_layer")) and isinstance(value, int) and value > max(numbers) + 1:
+            raise ValueError(f"{name} has weights of {max(numbers) + 1} layers, and its config {path[1:]} = {value}")
+    return config
+
+
+def tensor_names(name: str) -> list[str]:
+    """The names of a model's tensors, from its safetensors or their index; none where it has neither."""
+    from safetensors import safe_open
+    from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
+
+    optional = {"_raise_exceptions_for_missing_entries": False}
+    with in_one_sentence(f"{name} has weights that can't be read as safetensors"):
+        if index := cached_file(name, SAFE_WEIGHTS_INDEX_NAME, **optional):
+            return list(json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"])
+        if file := cached_file(name, SAFE_WEIGHTS_NAME, **optional):
+            with safe_open(file, framework="pt") as opened:
+                return list(opened.keys())
+    return []
 
 
 def check_open_clip_config(name: str) -> None:

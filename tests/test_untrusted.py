@@ -165,9 +165,10 @@ def test_damaged_files(kind, folder):
 )
 def test_no_model_is_built_that_the_tensors_cannot_fill(kind, key, change, folder, monkeypatch):
     tensors, header = stored(kind)
-    save_file(
-        tensors, folder / f"demo_{kind}.safetensors", header | {key: json.dumps(json.loads(header[key]) | change)}
-    )
+    path = folder / f"demo_{kind}.safetensors"
+    save_file(tensors, path, header)
+    assert load_demo(kind).blocks
+    save_file(tensors, path, header | {key: json.dumps(json.loads(header[key]) | change)})
     monkeypatch.setattr(torch.nn.Module, "__init__", lambda *args, **options: pytest.fail("a model was being built"))
     with pytest.raises(Damaged, match=f"don't fit.* {next(iter(change))} = 10"):
         load_demo(kind)
@@ -281,3 +282,76 @@ def test_configs_within(no_kernels, tmp_path):
     vision["_attn_implementation"] = "flash_attention_2"
     (tmp_path / "config.json").write_text(json.dumps(config | {"vision_config": vision}))
     assert transformers_config(str(tmp_path)).vision_config._attn_implementation is None
+
+
+@pytest.fixture
+def open_clips(tmp_path) -> Path:
+    """A folder that holds a small model of open_clip's and its own shape."""
+    import open_clip
+
+    shape = {
+        "embed_dim": 16,
+        "vision_cfg": {"image_size": 32, "patch_size": 8, "width": 32, "layers": 1, "head_width": 16},
+        "text_cfg": {"context_length": 8, "vocab_size": 49408, "width": 16, "heads": 2, "layers": 1},
+    }
+    save_file(dict(open_clip.CLIP(**shape).state_dict()), tmp_path / "open_clip_model.safetensors")
+    (tmp_path / "open_clip_config.json").write_text(json.dumps({"model_cfg": shape, "preprocess_cfg": {}}))
+    return tmp_path
+
+
+def with_text_settings(folder: Path, **settings) -> str:
+    file = folder / "open_clip_config.json"
+    config = json.loads(file.read_text())
+    config["model_cfg"]["text_cfg"] |= settings
+    file.write_text(json.dumps(config))
+    return f"local-dir:{folder}"
+
+
+def test_an_open_clip_folder(open_clips):
+    assert load_pretrained("clip", f"local-dir:{open_clips}").blocks
+
+
+def test_a_tokenizer_that_wants_code_run(open_clips, monkeypatch):
+    opened = []
+    monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", lambda *a, **options: opened.append(options))
+    trusting = {"hf_tokenizer_name": "owner/tokenizer", "tokenizer_kwargs": {"trust_remote_code": True}}
+    with pytest.raises(ValueError, match="somebody's code.*trust_remote_code"):
+        load_pretrained("clip", with_text_settings(open_clips, **trusting))
+    assert opened == []
+
+
+def test_a_text_tower_that_names_a_kernel(open_clips, small, no_kernels, tmp_path):
+    tower = with_settings(shutil.copytree(small, tmp_path / "tower"), attn_implementation="owner/kernel")
+    with pytest.raises(ValueError, match="somebody's code.*owner/kernel"):
+        load_pretrained("clip", with_text_settings(open_clips, hf_model_name=str(tower)))
+
+
+# ---- damaged configs of other people's models ------------------------------------------------------------------------
+
+
+def check_spoiled_configs(small: Path, folder: Path, seed: int, count: int) -> int:
+    """Each is refused in one sentence, or loads; returns how many were refused."""
+    rng, refused = random.Random(seed), 0
+    shutil.copytree(small, folder, dirs_exist_ok=True)
+    config = json.loads((small / "config.json").read_text())
+    for _ in range(count):
+        (folder / "config.json").write_text(json.dumps(spoiled(config, rng)))
+        started = time.monotonic()
+        try:
+            assert isinstance(load_pretrained("llama", str(folder)), LoadedModel)
+        except (ValueError, OSError) as error:
+            refused += 1
+            assert len(" ".join(str(error).split())) < 700, str(error)
+        assert time.monotonic() - started < 10
+    return refused
+
+
+def test_spoiled_configs(small, tmp_path, no_kernels):
+    assert check_spoiled_configs(small, tmp_path, 0, 80) > 20
+
+
+@pytest.mark.parametrize("layers", [2, 10**9])
+def test_layers_without_weights(somebodys, layers):
+    """transformers would make up what is missing."""
+    with pytest.raises(ValueError, match=f"weights of 1 .*num_hidden_layers = {layers}"):
+        load_pretrained("llama", str(with_settings(somebodys, num_hidden_layers=layers)))
