@@ -223,7 +223,7 @@ def _pretrained_llama(name: str) -> LoadedModel:
                 f"{name} is gated and the hub answered {status}; loading {UNGATED_LLAMA} instead. "
                 f"To use {name}, accept its licence at https://huggingface.co/{name} and log in: `hf auth login`, "
                 "or in Colab a secret HF_TOKEN.",
-                stacklevel=3,
+                stacklevel=4,
             )
             return _download_llama(UNGATED_LLAMA)
         if _cause(error, LocalEntryNotFoundError) is not None:

@@ -99,13 +99,14 @@ def tensor_names(name: str) -> list[str]:
     from safetensors import safe_open
     from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 
-    optional = {"_raise_exceptions_for_missing_entries": False}
+    missing = ("missing_entries", "gated_repo", "connection_errors")
+    optional = {f"_raise_exceptions_for_{what}": False for what in missing}
     with in_one_sentence(f"{name} has weights that can't be read as safetensors"):
-        if index := cached_file(name, SAFE_WEIGHTS_INDEX_NAME, **optional):
-            return list(json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"])
         if file := cached_file(name, SAFE_WEIGHTS_NAME, **optional):
             with safe_open(file, framework="pt") as opened:
                 return list(opened.keys())
+        if index := cached_file(name, SAFE_WEIGHTS_INDEX_NAME, **optional):
+            return list(json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"])
     return []
 
 

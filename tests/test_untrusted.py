@@ -350,6 +350,26 @@ def test_spoiled_configs(small, tmp_path, no_kernels):
     assert check_spoiled_configs(small, tmp_path, 0, 80) > 20
 
 
+@pytest.mark.parametrize("shards", [False, True], ids=["one file", "shards"])
+def test_a_name_on_the_hub(small, tmp_path, monkeypatch, shards):
+    """Without a network, from the hub's cache, which doesn't know what else the hub has."""
+    repository = tmp_path / "hub" / "models--someone--small"
+    snapshot = shutil.copytree(small, repository / "snapshots" / ("0" * 40))
+    if shards:
+        (snapshot / "model.safetensors").unlink()
+        load_pretrained("llama", str(small)).model.save_pretrained(snapshot, max_shard_size="50KB")
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text("0" * 40)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("transformers.utils.hub.HF_HUB_CACHE", str(tmp_path / "hub"), raising=False)
+    assert len(list(snapshot.glob("*.safetensors"))) == (1 if not shards else 3)
+    assert load_pretrained("llama", "someone/small").blocks
+    with_settings(snapshot, num_hidden_layers=3)
+    with pytest.raises(ValueError, match="weights of 1 layers"):
+        load_pretrained("llama", "someone/small")
+
+
 @pytest.mark.parametrize("layers", [2, 10**9])
 def test_layers_without_weights(somebodys, layers):
     """transformers would make up what is missing."""
