@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from glob import escape
 from pathlib import Path
 from uuid import uuid4
@@ -41,8 +41,9 @@ def only_one(path: Path) -> Iterator[None]:
     Raises:
         BlockingIOError: another process is at work on `path`.
     """
+    file = path.with_name(f".{path.name}.lock")
     try:
-        lock = FileLock(path.with_name(f".{path.name}.lock")).acquire(timeout=PATIENCE)
+        lock = FileLock(file).acquire(timeout=PATIENCE)
     except Timeout:
         raise BlockingIOError(
             f"another process is at work on {path}: let it finish, or end it and start this one again"
@@ -50,4 +51,8 @@ def only_one(path: Path) -> Iterator[None]:
     with lock:
         for beside in path.parent.glob(f"{escape(path.name)}.????????.unfinished"):
             beside.unlink(missing_ok=True)
-        yield
+        try:
+            yield
+        finally:
+            with suppress(OSError):  # Windows takes it away itself
+                file.unlink()

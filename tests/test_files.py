@@ -71,6 +71,7 @@ def test_killed_at_any_moment(tmp_path):
         assert content == content[0] * 1_000_000
     with only_one(path):
         assert not list(tmp_path.glob("*.unfinished"))
+    assert list(tmp_path.iterdir()) == [path]
 
 
 HOLDS = """
