@@ -1,6 +1,9 @@
 """What an interrupted training goes on from, in one file: it is that of the last step saved, or of the one before."""
 
+import os
+import time
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import torch
@@ -27,3 +30,15 @@ def save(file: Path, settings: dict[str, Any], state: dict[str, Any]) -> None:
     file.parent.mkdir(exist_ok=True)
     with whole_file(file) as unfinished:
         torch.save(state | {"settings": settings}, unfinished)
+
+
+def end_with_the_run(worker: int) -> None:
+    """For a DataLoader's worker: end when the process that trains was killed, instead of waiting for it for ever."""
+    run = os.getppid()
+
+    def watch() -> None:
+        while os.getppid() == run:
+            time.sleep(1)
+        os._exit(1)
+
+    Thread(target=watch, daemon=True).start()

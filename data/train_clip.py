@@ -223,7 +223,8 @@ def train(steps: int, seed: int) -> None:
 
     scenes = Scenes(TRAINING_SEED * (3 + seed), steps * BATCH)  # the demo ViT saw others
     rest = range(done * BATCH, steps * BATCH)
-    batches = DataLoader(scenes, BATCH, sampler=rest, num_workers=1, prefetch_factor=8, collate_fn=list)
+    worker = {"num_workers": 1, "prefetch_factor": 8, "worker_init_fn": progress.end_with_the_run}
+    batches = DataLoader(scenes, BATCH, sampler=rest, collate_fn=list, **worker)
     bar = tqdm(batches, initial=done, total=steps, unit="step")
     started, average = time.time(), None
     for batch in bar:

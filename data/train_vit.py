@@ -89,7 +89,8 @@ def train(steps: int, seed: int) -> None:
 
     scenes = Scenes(TRAINING_SEED * (1 + seed), steps * BATCH)
     rest = range(done * BATCH, steps * BATCH)
-    batches = DataLoader(scenes, BATCH, sampler=rest, num_workers=1, prefetch_factor=8)
+    worker = {"num_workers": 1, "prefetch_factor": 8, "worker_init_fn": progress.end_with_the_run}
+    batches = DataLoader(scenes, BATCH, sampler=rest, **worker)
     bar = tqdm(batches, initial=done, total=steps, unit="step")
     started, average = time.time(), None
     for images, labels in bar:

@@ -13,6 +13,8 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
+from libragrad_minimal.sweep import read
+
 ROOT = Path(__file__).resolve().parents[1]
 DATA = ROOT / "data"
 
@@ -59,7 +61,7 @@ class Script:
             time.sleep(0.001)
         time.sleep(moment)
         process.kill()
-        process.communicate()
+        process.communicate(timeout=30)  # which waits for whoever else may write to its pipe: no worker is left behind
 
     def results(self) -> dict:
         return {output: values(self.folder / output) for output in self.outputs}
@@ -112,6 +114,31 @@ def test_a_killed_run_ends_as_an_undisturbed_one(name, tmp_path):
     killed.finish()  # once more than needed
     assert killed.results() == undisturbed.results()
     assert not list(killed.folder.rglob("*.lock"))
+
+
+SWEEP = ["-m", "libragrad_minimal", "sweep", "timm", "--pattern", "test_vit[23]"]
+
+
+@pytest.mark.slow
+def test_a_killed_sweep_ends_as_an_undisturbed_one(tmp_path):
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    run = {"env": environment, "stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    undisturbed, killed = tmp_path / "undisturbed.csv", tmp_path / "killed.csv"
+    subprocess.run([sys.executable, *SWEEP, "-o", undisturbed], check=True, **run)
+    process = subprocess.Popen([sys.executable, *SWEEP, "-o", killed], **run)
+    while not (killed.exists() and killed.read_bytes().count(b"\n") >= 2):
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.kill()
+    process.wait()
+    with killed.open("ab") as file:
+        file.write(b"test_vit3,tow")  # the moment of a row
+    subprocess.run([sys.executable, *SWEEP, "-o", killed], check=True, **run)
+    measured = {"seconds", "megabytes"}
+    tables = [
+        [{k: v for k, v in row.items() if k not in measured} for row in read(path)] for path in (undisturbed, killed)
+    ]
+    assert len(tables[0]) == 2 and tables[0] == tables[1]
 
 
 @pytest.mark.slow
