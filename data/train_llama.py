@@ -273,6 +273,7 @@ def format_accuracy(shares: dict[str, float]) -> str:
 def save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast) -> None:
     """Write the model in half precision, with config and tokenizer in the header, and held-out questions as JSON."""
     tensors = {name: tensor.half().contiguous() for name, tensor in model.state_dict().items() if name != TIED}
+    tokenizer.backend_tokenizer.no_padding()  # which the last batch of questions has set, or hasn't
     header = {
         "config": model.config.to_json_string(use_diff=False),
         "tokenizer": tokenizer.backend_tokenizer.to_str(),

@@ -61,7 +61,7 @@ class Script:
             time.sleep(0.001)
         time.sleep(moment)
         process.kill()
-        process.communicate(timeout=30)  # which waits for whoever else may write to its pipe: no worker is left behind
+        process.communicate(timeout=60)  # which waits for whoever else may write to its pipe: no worker is left behind
 
     def results(self) -> dict:
         return {output: values(self.folder / output) for output in self.outputs}
