@@ -41,12 +41,17 @@ class Checkpoint:
         Raises:
             Damaged: no such key, no JSON, or it names somebody's code.
         """
+        unreadable = damaged(self.path, f"its header has no readable {key!r}")
         try:
             value = json.loads(self.header[key])
-            refuse_remote_code(value, str(self.path))
         except (KeyError, ValueError, RecursionError) as error:
-            said = f" ({error})" if "was not loaded" in str(error) else ""
-            raise damaged(self.path, f"its header has no readable {key!r}{said}") from error
+            raise unreadable from error
+        try:
+            refuse_remote_code(value, str(self.path))
+        except RecursionError as error:  # a depth that JSON's reader just bore
+            raise unreadable from error
+        except ValueError as error:
+            raise damaged(self.path, f"its header's {key!r} wants somebody's code to be fetched and run") from error
         return value
 
     def sizes(self, key: str, allowed: dict[str, Any], others_matter: bool = True) -> dict[str, Any]:
@@ -63,8 +68,10 @@ class Checkpoint:
 
     def _allowed(self, value: Any, allowed: Any, name: str, others_matter: bool = True) -> Any:
         if isinstance(allowed, dict):
-            if not isinstance(value, dict) or allowed.keys() - value.keys():
-                raise damaged(self.path, f"its header's {name!r} is no object of {', '.join(allowed)}")
+            if not isinstance(value, dict):
+                raise damaged(self.path, f"its header's {name!r} is no object")
+            if missing := [key for key in allowed if key not in value]:
+                raise damaged(self.path, f"its header's {name!r} has no entry {missing[0]!r}")
             if others_matter and (others := sorted(value.keys() - allowed.keys())):
                 raise damaged(
                     self.path, f"its header's {name!r} has an entry {one_line(others[0], 40)!r} that isn't known"
@@ -130,9 +137,9 @@ class Checkpoint:
         """
         try:
             yield
-        except (Damaged, ImportError):
+        except (Damaged, ImportError, KeyboardInterrupt, SystemExit):
             raise
-        except Exception as error:
+        except BaseException as error:  # tokenizers' Rust panics, which isn't an Exception
             why = f"no model can be built from what its header says ({type(error).__name__}: {one_line(error, 150)})"
             raise damaged(self.path, why) from error
 

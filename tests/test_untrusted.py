@@ -45,7 +45,7 @@ def folder(tmp_path, monkeypatch) -> Path:
 def stored(kind: str) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
     path = DATA / f"demo_{kind}.safetensors"
     with safe_open(path, "pt") as file:
-        return load_file(path), file.metadata()
+        return load_file(path), dict(sorted(file.metadata().items()))  # which come in any order
 
 
 def loaded_or_refused(kind: str, path: Path) -> LoadedModel | None:
@@ -102,6 +102,8 @@ def check_spoiled_headers(kind: str, folder: Path, seed: int, count: int) -> int
     """Each is refused in one sentence or gives a model that works; how many were. For a night: raise `count`."""
     rng, path, refused = random.Random(f"{kind} {seed}"), folder / f"demo_{kind}.safetensors", 0
     tensors, header = stored(kind)
+    save_file(tensors, path, header)
+    assert load_demo(kind).blocks  # and what takes seconds is imported
     for _ in range(count):
         changed = dict(header)
         for _ in range(rng.choice((1, 1, 2))):
@@ -122,7 +124,7 @@ def check_spoiled_headers(kind: str, folder: Path, seed: int, count: int) -> int
     return refused
 
 
-@pytest.mark.parametrize(("kind", "count"), [("vit", 150), ("clip", 60), ("llama", 150)])
+@pytest.mark.parametrize(("kind", "count"), [("vit", 150), ("clip", 30), ("llama", 150)])
 def test_spoiled_headers(kind, count, folder):
     assert check_spoiled_headers(kind, folder, 0, count) > 0.5 * count
 
@@ -132,6 +134,8 @@ def check_damaged_files(kind: str, folder: Path, seed: int, count: int) -> int:
     rng, path, refused = random.Random(f"{kind} {seed}"), folder / f"demo_{kind}.safetensors", 0
     whole = (DATA / path.name).read_bytes()
     end = 8 + struct.unpack("<Q", whole[:8])[0]
+    path.write_bytes(whole)
+    assert load_demo(kind).blocks
     for _ in range(count):
         content = bytearray(whole)
         for _ in range(rng.choice((1, 1, 3))):
@@ -172,6 +176,16 @@ def test_no_model_is_built_that_the_tensors_cannot_fill(kind, key, change, folde
     monkeypatch.setattr(torch.nn.Module, "__init__", lambda *args, **options: pytest.fail("a model was being built"))
     with pytest.raises(Damaged, match=f"don't fit.* {next(iter(change))} = 10"):
         load_demo(kind)
+
+
+def test_a_tokenizer_that_panics(folder):
+    """Its library is Rust's, and raises what is no Exception."""
+    tensors, header = stored("llama")
+    tokenizer = json.loads(header["tokenizer"])
+    tokenizer["post_processor"]["special_tokens"] = {}
+    path = folder / "demo_llama.safetensors"
+    save_file(tensors, path, header | {"tokenizer": json.dumps(tokenizer)})
+    assert loaded_or_refused("llama", path) is None
 
 
 @pytest.mark.parametrize("tensors", [{}, {"head.weight": torch.ones(3)}, {"head.weight": torch.ones(0, 9)}])
