@@ -30,6 +30,7 @@ from tqdm import trange
 from libragrad_minimal import ALI_LRP, ATTN_LRP, CP_LRP, DECOMPX, LIBRA, METHODS, PLAIN
 from libragrad_minimal.attribution import attribute_many
 from libragrad_minimal.dropping import drop_tokens, dropping
+from libragrad_minimal.files import only_one, whole_file
 from libragrad_minimal.methods import uses_gradients
 from libragrad_minimal.metrics import (
     AUTHORS_PROTOCOL,
@@ -184,8 +185,8 @@ BENCHMARKS = {  # which model, which pictures or questions and how many, how to 
 
 def load_gallery(file: Path) -> dict[str, np.ndarray]:
     """ "method | rules | metric" -> one number per picture."""
-    saved = np.load(file)
-    return dict(zip(saved["names"].tolist(), saved["values"], strict=True))
+    with np.load(file) as saved:
+        return dict(zip(saved["names"].tolist(), saved["values"], strict=True))
 
 
 def main() -> None:
@@ -196,18 +197,29 @@ def main() -> None:
     args = parser.parse_args()
     load, draw, count, measure = BENCHMARKS[args.benchmark]
     file = FOLDER / f"gallery_{args.benchmark}.npz"
+    try:
+        with only_one(file):
+            complete(file, load(), draw, args.count or count, args.chunk, measure)
+    except (BlockingIOError, OtherMethods) as error:
+        parser.error(str(error))
+
+
+class OtherMethods(ValueError):
+    """A file's measurements can't be gone on with."""
+
+
+def complete(file: Path, model, draw: Callable, count: int, chunk: int, measure: Callable) -> None:
+    """Measure what the file doesn't hold yet."""
     done = load_gallery(file) if file.exists() else {}
-    model = load()
     first = len(next(iter(done.values()), []))
-    for start in trange(first, args.count or count, args.chunk):
-        examples = [draw(seed, model) for seed in range(start, start + args.chunk)]
+    for start in trange(first, count, chunk):
+        examples = [draw(seed, model) for seed in range(start, start + chunk)]
         measured = measure(model, examples)
         if done and done.keys() != measured.keys():
-            parser.error(f"{file} holds measurements of other methods; move it away to start anew")
+            raise OtherMethods(f"{file} holds measurements of other methods; move it away to start anew")
         done = {name: np.append(done.get(name, []), values) for name, values in measured.items()}
-        unfinished = file.with_suffix(".unfinished.npz")  # replaced in one step, so that stopping here loses nothing
-        np.savez_compressed(unfinished, names=list(done), values=np.float32(list(done.values())))
-        unfinished.replace(file)
+        with whole_file(file) as unfinished, unfinished.open("wb") as stream:  # by a path, numpy would name it anew
+            np.savez_compressed(stream, names=list(done), values=np.float32(list(done.values())))
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import open_clip
+import progress
 import torch
 import torch.nn.functional as F
 from open_clip.model import CLIP
@@ -22,13 +23,15 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from libragrad_minimal.models import load_demo, read_checkpoint
+from libragrad_minimal.checkpoints import read_checkpoint
+from libragrad_minimal.files import only_one, whole_file
+from libragrad_minimal.models import load_demo
 from libragrad_minimal.scenes import CLASSES, COLOURS, TRAINING_SEED, Scene, caption, draw_scene
 
 HERE = Path(__file__).parent
 CHECKPOINT = HERE / "demo_clip.safetensors"
 DEMO_VIT = HERE / "demo_vit.safetensors"
-PROGRESS = HERE / ".cache" / "train_clip.pt"  # what an interrupted run resumes from; not in git
+PROGRESS = progress.FOLDER / "train_clip.pt"
 ARCHITECTURE = {
     "embed_dim": 128,
     "vision_cfg": {"image_size": 64, "patch_size": 8, "width": 128, "layers": 5, "head_width": 32},
@@ -212,16 +215,16 @@ def train(steps: int, seed: int) -> None:
     groups = [{"params": decayed, "weight_decay": 0.05}, {"params": others, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.98), fused=True)
     done, seconds = 0, 0.0
-    if PROGRESS.exists():
-        saved = torch.load(PROGRESS, weights_only=True)
+    settings = {"steps": steps, "seed": seed}
+    if saved := progress.saved(PROGRESS, settings):
         model.load_state_dict(saved["model"])
         optimizer.load_state_dict(saved["optimizer"])
         done, seconds = saved["done"], saved["seconds"]
-        print(f"going on after step {done} of {PROGRESS} (delete it to start afresh)")
 
     scenes = Scenes(TRAINING_SEED * (3 + seed), steps * BATCH)  # the demo ViT saw others
     rest = range(done * BATCH, steps * BATCH)
-    batches = DataLoader(scenes, BATCH, sampler=rest, num_workers=1, prefetch_factor=8, collate_fn=list)
+    worker = {"num_workers": 1, "prefetch_factor": 8, "worker_init_fn": progress.end_with_the_run}
+    batches = DataLoader(scenes, BATCH, sampler=rest, collate_fn=list, **worker)
     bar = tqdm(batches, initial=done, total=steps, unit="step")
     started, average = time.time(), None
     for batch in bar:
@@ -237,19 +240,19 @@ def train(steps: int, seed: int) -> None:
         average = loss.item() if average is None else 0.98 * average + 0.02 * loss.item()
         bar.set_postfix(loss=f"{average:.3f}", scale=f"{model.logit_scale.exp().item():.1f}")
         if done % 250 == 0 or done == steps:
-            PROGRESS.parent.mkdir(exist_ok=True)
             spent = seconds + time.time() - started
             state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "done": done, "seconds": spent}
-            torch.save(state, PROGRESS.with_suffix(".new"))
-            PROGRESS.with_suffix(".new").replace(PROGRESS)
+            progress.save(PROGRESS, settings, state)
             print(f"\nstep {done}: loss {average:.4f}, {spent / 60:.0f} minutes", flush=True)
-            save(model)
+    save(model)
 
 
 def save(model: CLIP) -> None:
     """Write the weights as fp16, with all that load_demo needs to build the model again."""
     about = {"architecture": json.dumps(ARCHITECTURE), "vocabulary": json.dumps(VOCABULARY)}
-    save_file({name: weight.half().contiguous() for name, weight in model.state_dict().items()}, CHECKPOINT, about)
+    weights = {name: weight.half().contiguous() for name, weight in model.state_dict().items()}
+    with whole_file(CHECKPOINT) as unfinished:
+        save_file(weights, unfinished, about)
 
 
 # ---- evaluation ------------------------------------------------------------------------------------------------------
@@ -310,5 +313,9 @@ if __name__ == "__main__":
     torch.set_num_threads(options.threads)
     torch.set_flush_denormal(True)
     if not options.evaluate:
-        train(options.steps, options.seed)
+        try:
+            with only_one(CHECKPOINT):
+                train(options.steps, options.seed)
+        except BlockingIOError as error:
+            parser.error(str(error))
     evaluate(count=1984)

@@ -16,6 +16,7 @@ from dataclasses import asdict, replace
 from itertools import count
 from pathlib import Path
 
+import progress
 import torch
 import torch.nn.functional as F
 from questions import (
@@ -34,12 +35,12 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from tqdm import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from libragrad_minimal.files import only_one, whole_file
 from libragrad_minimal.models import load_demo
 
 HERE = Path(__file__).resolve().parent
 MODEL_FILE = HERE / "demo_llama.safetensors"
-CHECKPOINT = HERE / ".cache" / "train_llama.pt"
-TOKENIZER = HERE / ".cache" / "train_llama_tokenizer.json"
+PROGRESS = progress.FOLDER / "train_llama.pt"
 QUESTIONS_FILE = HERE / "evidence_questions.json"
 
 BOS, EOS, PAD = "<|begin_of_text|>", "<|end_of_text|>", "<|pad|>"
@@ -100,7 +101,7 @@ def chat_text(question: Question) -> list[Segment]:
     return [(opening, False), (question.answer.strip(), True), (TURN_END, False)]
 
 
-def make_tokenizer(seed: int) -> PreTrainedTokenizerFast:
+def train_tokenizer(seed: int) -> Tokenizer:
     """Byte-level BPE like Llama 3's (any text can be written, spaces belong to the next word); our words are whole."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -117,10 +118,11 @@ def make_tokenizer(seed: int) -> PreTrainedTokenizerFast:
     for token in special:
         texts = [text.replace(token, "\n\n") for text in texts]
     tokenizer.train_from_iterator([*texts, "system"], trainer)
-    if CHECKPOINT.exists() and TOKENIZER.exists():  # a training is resumed
-        tokenizer = Tokenizer.from_file(str(TOKENIZER))
-    TOKENIZER.parent.mkdir(exist_ok=True)
-    tokenizer.save(str(TOKENIZER))
+    return tokenizer
+
+
+def finished(tokenizer: Tokenizer) -> PreTrainedTokenizerFast:
+    """With what transformers needs: special tokens, and a chat's form."""
     bos_id = tokenizer.token_to_id(BOS)
     tokenizer.post_processor = processors.TemplateProcessing(f"{BOS} $A", special_tokens=[(BOS, bos_id)])
     return PreTrainedTokenizerFast(
@@ -201,28 +203,29 @@ def batches(tokenizer: PreTrainedTokenizerFast, rng: random.Random, rows: int, d
 
 
 def train(steps: int, rows: int, learning_rate: float, seed: int) -> tuple[LlamaForCausalLM, PreTrainedTokenizerFast]:
+    settings = {"steps": steps, "rows": rows, "learning_rate": learning_rate, "seed": seed}
+    saved = progress.saved(PROGRESS, settings)
+    words = Tokenizer.from_str(saved["tokenizer"]) if saved else train_tokenizer(seed)
+    tokenizer, words_as_text = finished(words), words.to_str()
     torch.manual_seed(seed)
-    tokenizer = make_tokenizer(seed)
     model = make_model(tokenizer)
     model.set_attn_implementation("eager")  # for texts this short faster than the fused kernel
     optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, betas=(0.9, 0.98), weight_decay=0.05)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, total_steps=steps, pct_start=0.05)
-    done, seconds = 0, 0.0
-    if CHECKPOINT.exists():
-        saved = torch.load(CHECKPOINT, weights_only=True)
-        if saved["settings"] != [steps, rows, learning_rate, seed]:
-            raise SystemExit(f"{CHECKPOINT} was made with other settings {saved['settings']}: delete it or use those.")
-        model.load_state_dict(saved["model"])
-        optimizer.load_state_dict(saved["optimizer"])
-        schedule.load_state_dict(saved["schedule"])
+    parts = {"model": model, "optimizer": optimizer, "schedule": schedule}
+    rng, done, seconds = random.Random(seed + 1000), 0, 0.0
+    if saved:
+        for name, part in parts.items():
+            part.load_state_dict(saved[name])
+        rng.setstate(saved["texts"])
         done, seconds = saved["done"], saved["seconds"]
     parameters = sum(parameter.numel() for parameter in model.parameters())
     print(f"{parameters:,} parameters, {len(tokenizer)} tokens, starting at step {done}")
 
-    data = batches(tokenizer, random.Random(seed + 1000 + done), rows, done, steps)
-    progress = tqdm(range(done, steps), initial=done, total=steps, desc="training", mininterval=5)
+    data = batches(tokenizer, rng, rows, done, steps)
+    bar = tqdm(range(done, steps), initial=done, total=steps, desc="training", mininterval=5)
     started = time.time()
-    for step in progress:
+    for step in bar:
         inputs, weights = next(data)
         with torch.autocast("cpu", dtype=torch.bfloat16):
             logits = model(**inputs, use_cache=False).logits[:, :-1].flatten(0, 1)
@@ -234,13 +237,11 @@ def train(steps: int, rows: int, learning_rate: float, seed: int) -> tuple[Llama
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         schedule.step()
-        progress.set_postfix(right=f"{right.float().mean():.2f}", refresh=False)
+        bar.set_postfix(right=f"{right.float().mean():.2f}", refresh=False)
         if (step + 1) % 500 == 0 or step + 1 == steps:
-            CHECKPOINT.parent.mkdir(exist_ok=True)
-            parts = {"model": model, "optimizer": optimizer, "schedule": schedule}
             state = {name: part.state_dict() for name, part in parts.items()}
-            state |= {"settings": [steps, rows, learning_rate, seed], "done": step + 1}
-            torch.save({**state, "seconds": seconds + time.time() - started}, CHECKPOINT)
+            state |= {"done": step + 1, "seconds": seconds + time.time() - started}
+            progress.save(PROGRESS, settings, state | {"tokenizer": words_as_text, "texts": rng.getstate()})
             tqdm.write(f"step {step + 1}: {format_accuracy(accuracy(model, tokenizer, held_out_questions(300)))}")
             model.train()
     print(f"trained for {(seconds + time.time() - started) / 60:.0f} minutes")
@@ -272,14 +273,17 @@ def format_accuracy(shares: dict[str, float]) -> str:
 def save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast) -> None:
     """Write the model in half precision, with config and tokenizer in the header, and held-out questions as JSON."""
     tensors = {name: tensor.half().contiguous() for name, tensor in model.state_dict().items() if name != TIED}
+    tokenizer.backend_tokenizer.no_padding()  # which the last batch of questions has set, or hasn't
     header = {
         "config": model.config.to_json_string(use_diff=False),
         "tokenizer": tokenizer.backend_tokenizer.to_str(),
         "tokenizer_settings": json.dumps({**tokenizer.special_tokens_map, "chat_template": tokenizer.chat_template}),
     }
-    save_file(tensors, MODEL_FILE, header)
+    with whole_file(MODEL_FILE) as unfinished:
+        save_file(tensors, unfinished, header)
     questions = [{"prompt": question.prompt, **asdict(question)} for question in held_out_questions(500)]
-    QUESTIONS_FILE.write_text("[\n" + ",\n".join(map(json.dumps, questions)) + "\n]\n")
+    with whole_file(QUESTIONS_FILE) as unfinished:
+        unfinished.write_text("[\n" + ",\n".join(map(json.dumps, questions)) + "\n]\n")
 
 
 def evaluate(count: int) -> None:
@@ -307,7 +311,11 @@ def main() -> None:
     )
     options = parser.parse_args()
     if not options.evaluate:
-        save(*train(options.steps, options.rows, options.learning_rate, options.seed))
+        try:
+            with only_one(MODEL_FILE):
+                save(*train(options.steps, options.rows, options.learning_rate, options.seed))
+        except BlockingIOError as error:
+            parser.error(str(error))
     evaluate(options.questions)
 
 

@@ -9,6 +9,7 @@ import json
 import time
 from pathlib import Path
 
+import progress
 import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
@@ -16,12 +17,13 @@ from timm.models import VisionTransformer
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
+from libragrad_minimal.files import only_one, whole_file
 from libragrad_minimal.models import load_demo
 from libragrad_minimal.scenes import CLASSES, TRAINING_SEED, draw_scene
 
 HERE = Path(__file__).parent
 CHECKPOINT = HERE / "demo_vit.safetensors"
-PROGRESS = HERE / ".cache" / "train_vit.pt"  # what an interrupted run resumes from; not in git
+PROGRESS = progress.FOLDER / "train_vit.pt"
 ARCHITECTURE = {
     "img_size": 64,
     "patch_size": 8,
@@ -79,18 +81,16 @@ def train(steps: int, seed: int) -> None:
     model = VisionTransformer(**ARCHITECTURE).train()
     optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.98), weight_decay=0.05, fused=True)
     done, seconds = 0, 0.0
-    if PROGRESS.exists():
-        saved = torch.load(PROGRESS, weights_only=True)
-        if saved["seed"] != seed:
-            raise SystemExit(f"{PROGRESS} is of a run with --seed {saved['seed']}; go on with that, or delete the file")
+    settings = {"steps": steps, "seed": seed}
+    if saved := progress.saved(PROGRESS, settings):
         model.load_state_dict(saved["model"])
         optimizer.load_state_dict(saved["optimizer"])
         done, seconds = saved["done"], saved["seconds"]
-        print(f"going on after step {done} of {PROGRESS} (delete it to start afresh)")
 
     scenes = Scenes(TRAINING_SEED * (1 + seed), steps * BATCH)
     rest = range(done * BATCH, steps * BATCH)
-    batches = DataLoader(scenes, BATCH, sampler=rest, num_workers=1, prefetch_factor=8)
+    worker = {"num_workers": 1, "prefetch_factor": 8, "worker_init_fn": progress.end_with_the_run}
+    batches = DataLoader(scenes, BATCH, sampler=rest, **worker)
     bar = tqdm(batches, initial=done, total=steps, unit="step")
     started, average = time.time(), None
     for images, labels in bar:
@@ -107,19 +107,19 @@ def train(steps: int, seed: int) -> None:
         average = loss.item() if average is None else 0.98 * average + 0.02 * loss.item()
         bar.set_postfix(loss=f"{average:.3f}")
         if done % 250 == 0 or done == steps:
-            PROGRESS.parent.mkdir(exist_ok=True)
             spent = seconds + time.time() - started
             state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "done": done, "seconds": spent}
-            torch.save({**state, "seed": seed}, PROGRESS.with_suffix(".new"))
-            PROGRESS.with_suffix(".new").replace(PROGRESS)
-            save(model)
+            progress.save(PROGRESS, settings, state)
             bar.write(f"step {done}: loss {average:.4f}, {spent / 60:.0f} minutes")
+    save(model)
 
 
 def save(model: VisionTransformer) -> None:
     """Write the weights as fp16, with all that load_demo needs to build the model again."""
     about = {"architecture": json.dumps(ARCHITECTURE), "class_names": json.dumps(CLASSES)}
-    save_file({name: weight.half().contiguous() for name, weight in model.state_dict().items()}, CHECKPOINT, about)
+    weights = {name: weight.half().contiguous() for name, weight in model.state_dict().items()}
+    with whole_file(CHECKPOINT) as unfinished:
+        save_file(weights, unfinished, about)
 
 
 @torch.no_grad()
@@ -146,5 +146,9 @@ if __name__ == "__main__":
     torch.set_num_threads(options.threads)
     torch.set_flush_denormal(True)
     if not options.evaluate:
-        train(options.steps, options.seed)
+        try:
+            with only_one(CHECKPOINT):
+                train(options.steps, options.seed)
+        except BlockingIOError as error:
+            parser.error(str(error))
     evaluate(count=2000)

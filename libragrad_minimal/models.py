@@ -9,16 +9,20 @@ import json
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import wraps
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from .checkpoints import LONGEST, Checkpoint, damaged, read_checkpoint
+from .untrusted import check_open_clip_config, config_of_weights, in_one_sentence
+
 PACKAGE = Path(__file__).resolve().parent
+SIDE = 64  # pixels, of what the demo models see
 DATA = PACKAGE / "data" if (PACKAGE / "data").is_dir() else PACKAGE.parent / "data"  # in a wheel; in a clone
 
 
@@ -48,7 +52,10 @@ def load_demo(kind: str) -> LoadedModel:
         ValueError: another kind, or a damaged checkpoint.
         FileNotFoundError: a missing checkpoint.
     """
-    return _loader(DEMOS, kind)(read_checkpoint(DATA / f"demo_{kind}.safetensors"))
+    build = _loader(DEMOS, kind)
+    checkpoint = read_checkpoint(DATA / f"demo_{kind}.safetensors")
+    with checkpoint.building():
+        return build(checkpoint)
 
 
 def load_pretrained(kind: str, name: str, device_map: str | None = None) -> LoadedModel:
@@ -77,11 +84,25 @@ def load_pretrained(kind: str, name: str, device_map: str | None = None) -> Load
 # ---- ViT (timm) ----
 
 
-def _demo_vit(checkpoint: "Checkpoint") -> LoadedModel:
+def _demo_vit(checkpoint: Checkpoint) -> LoadedModel:
     from timm.models import VisionTransformer
 
-    model = checkpoint.fill(VisionTransformer(**checkpoint.read("architecture")))
-    return _describe_vit("demo vit", model, _demo_transform, checkpoint.read("class_names"))
+    classes, width = checkpoint.shape("head.weight", 2)
+    allowed = {
+        "img_size": SIDE,
+        "patch_size": checkpoint.shape("patch_embed.proj.weight", 4)[-1],
+        "embed_dim": width,
+        "depth": checkpoint.count("blocks."),
+        "num_heads": range(1, width + 1),
+        "num_classes": classes,
+    }
+    architecture = checkpoint.sizes("architecture", allowed)
+    names = checkpoint.read("class_names")
+    if not _are_texts(names) or len(names) != classes:
+        raise damaged(checkpoint.path, f"its header's 'class_names' isn't a list of {classes} names")
+    model = checkpoint.fill(VisionTransformer(**architecture)).eval()
+    checkpoint.tried(model, torch.zeros(1, 3, SIDE, SIDE))
+    return _describe_vit("demo vit", model, _demo_transform, names)
 
 
 def _pretrained_vit(name: str) -> LoadedModel:
@@ -117,10 +138,10 @@ def _describe_vit(name: str, model: Any, transform: Callable, class_names: list[
 
 
 def _demo_transform(picture: Image.Image) -> Tensor:
-    """Any picture -> (3, 64, 64) in [-1, 1], as in training: cut square at the middle, then resized."""
+    """Any picture -> (3, SIDE, SIDE) in [-1, 1], as in training: cut square at the middle, then resized."""
     side = min(picture.size)
     left, top = (picture.width - side) // 2, (picture.height - side) // 2
-    square = picture.convert("RGB").resize((64, 64), Image.Resampling.BICUBIC, (left, top, left + side, top + side))
+    square = picture.convert("RGB").resize((SIDE, SIDE), Image.Resampling.BICUBIC, (left, top, left + side, top + side))
     return torch.from_numpy(np.array(square)).permute(2, 0, 1) / 127.5 - 1
 
 
@@ -129,16 +150,67 @@ def _demo_transform(picture: Image.Image) -> Tensor:
 UNGATED_LLAMA = "unsloth/Llama-3.2-1B"
 
 
-def _demo_llama(checkpoint: "Checkpoint") -> LoadedModel:
+def _demo_llama(checkpoint: Checkpoint) -> LoadedModel:
     from tokenizers import Tokenizer
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-    model = LlamaForCausalLM(LlamaConfig(**checkpoint.read("config")))
+    config = LlamaConfig(**_demo_llama_config(checkpoint))
+    rows = config.vocab_size
+    backend = Tokenizer.from_str(json.dumps(checkpoint.read("tokenizer")))
+    vocabulary = backend.get_vocab()
+    settings = checkpoint.read("tokenizer_settings")
+    special = {name: settings[name] for name in ("bos_token", "eos_token", "pad_token")}
+    if max(vocabulary.values()) >= rows or not vocabulary.keys() >= set(special.values()):
+        raise damaged(checkpoint.path, f"its tokenizer has other tokens than the model's {rows}")
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend, chat_template=str(settings["chat_template"]), **special
+    )
+    words = tokenizer("A word.", return_tensors="pt")["input_ids"]
+    if len(tokenizer) > rows or words.max() >= rows:
+        raise damaged(checkpoint.path, f"its tokenizer has other tokens than the model's {rows}")
+
     if "model.embed_tokens.weight" in checkpoint.tensors:  # tied, so stored once
         checkpoint.tensors["lm_head.weight"] = checkpoint.tensors["model.embed_tokens.weight"]
-    backend = Tokenizer.from_str(json.dumps(checkpoint.read("tokenizer")))
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, **checkpoint.read("tokenizer_settings"))
-    return _describe_llama("demo llama", checkpoint.fill(model), tokenizer)
+    model = checkpoint.fill(LlamaForCausalLM(config)).eval()
+    checkpoint.tried(lambda ids: model(ids).logits, words)
+    return _describe_llama("demo llama", model, tokenizer)
+
+
+def _demo_llama_config(checkpoint: Checkpoint) -> dict[str, Any]:
+    """What has a say in the model, of all that transformers writes down."""
+    first = "model.layers.0."
+    rows, width = checkpoint.shape("model.embed_tokens.weight", 2)
+    queries, keys = (checkpoint.shape(f"{first}self_attn.{name}_proj.weight", 2)[0] for name in "qk")
+    factors = (1e-3, 1e3)
+    allowed = {
+        "vocab_size": rows,
+        "hidden_size": width,
+        "intermediate_size": checkpoint.shape(f"{first}mlp.gate_proj.weight", 2)[0],
+        "num_hidden_layers": checkpoint.count("model.layers."),
+        "num_attention_heads": range(1, queries + 1),
+        "num_key_value_heads": range(1, keys + 1),
+        "head_dim": range(1, queries + 1),
+        "hidden_act": "silu",
+        "attention_bias": False,
+        "mlp_bias": False,
+        "tie_word_embeddings": True,
+        "rms_norm_eps": (0.0, 1.0),
+        "max_position_embeddings": range(1, LONGEST),
+        "rope_parameters": {
+            "rope_type": "llama3",
+            "rope_theta": (1.0, 1e9),
+            "factor": factors,
+            "low_freq_factor": factors,
+            "high_freq_factor": factors,
+            "original_max_position_embeddings": range(1, LONGEST),
+        },
+        **dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), range(rows)),
+    }
+    config = checkpoint.sizes("config", allowed, others_matter=False)
+    heads = [config["num_attention_heads"], config["num_key_value_heads"]]
+    if [heads[0] * config["head_dim"], heads[1] * config["head_dim"]] != [queries, keys] or heads[0] % heads[1]:
+        raise damaged(checkpoint.path, f"its header's heads aren't those of {queries} queries and {keys} keys")
+    return config
 
 
 def _pretrained_llama(name: str, device_map: str | None = None) -> LoadedModel:
@@ -157,7 +229,7 @@ def _pretrained_llama(name: str, device_map: str | None = None) -> LoadedModel:
                 f"{name} is gated and the hub answered {status}; loading {UNGATED_LLAMA} instead. "
                 f"To use {name}, accept its licence at https://huggingface.co/{name} and log in: `hf auth login`, "
                 "or in Colab a secret HF_TOKEN.",
-                stacklevel=3,
+                stacklevel=4,
             )
             return _download_llama(UNGATED_LLAMA, device_map)
         if _cause(error, LocalEntryNotFoundError) is not None:
@@ -169,7 +241,7 @@ def _download_llama(name: str, device_map: str | None) -> LoadedModel:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     device, dtype = _device_and_dtype()
-    safe = {"trust_remote_code": False}  # said aloud, or transformers asks the user
+    safe = {"trust_remote_code": False, "config": config_of_weights(name)}  # said aloud, or transformers asks
     tokenizer = AutoTokenizer.from_pretrained(name, **safe)
     safe |= {"use_safetensors": True}
     model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, device_map=device_map, **safe)
@@ -208,6 +280,10 @@ def _cause(error: BaseException | None, kind: type) -> Any:
     return error
 
 
+def _are_texts(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(item, str) for item in value)
+
+
 def token_texts(tokenizer: Any, ids: list[int] | Tensor) -> list[str]:
     """Every token as it stands in the text, with its leading space: [" Ben", "'s", " kite"].
 
@@ -230,20 +306,48 @@ def token_texts(tokenizer: Any, ids: list[int] | Tensor) -> list[str]:
 # ---- CLIP (open_clip) ----
 
 
-def _demo_clip(checkpoint: "Checkpoint") -> LoadedModel:
+def _demo_clip(checkpoint: Checkpoint) -> LoadedModel:
     from open_clip import CLIP, SimpleTokenizer
 
-    architecture, vocabulary = checkpoint.read("architecture"), checkpoint.read("vocabulary")
-    text = architecture["text_cfg"]
-    small = checkpoint.tensors.get("token_embedding.weight", torch.zeros(0, 0))
-    if len(small) != 1 + len(vocabulary):
-        raise damaged(checkpoint.path, f"it has {len(small)} word embeddings for a vocabulary of {len(vocabulary)}")
-    table = small[:1].repeat(text["vocab_size"], 1)  # row 0 stands for every token that training didn't know
+    context, width = checkpoint.shape("positional_embedding", 2)
+    tokenizer = SimpleTokenizer(context_length=context)
+    architecture = checkpoint.sizes("architecture", _demo_clip_architecture(checkpoint, tokenizer.vocab_size))
+    vocabulary = checkpoint.read("vocabulary")
+    rows = checkpoint.shape("token_embedding.weight", 2)[0]
+    if not isinstance(vocabulary, list) or not all(type(i) is int for i in vocabulary) or len(vocabulary) != rows - 1:
+        raise damaged(checkpoint.path, f"its header's 'vocabulary' isn't a list of {rows - 1} tokens")
+    if vocabulary != sorted({*vocabulary}) or not 0 <= vocabulary[0] <= vocabulary[-1] < tokenizer.vocab_size:
+        raise damaged(checkpoint.path, f"its header's 'vocabulary' isn't of {tokenizer.vocab_size} tokens in order")
+    small = checkpoint.tensors["token_embedding.weight"]
+    table = small[:1].repeat(tokenizer.vocab_size, 1)  # row 0 stands for every token that training didn't know
     table[vocabulary] = small[1:]
     checkpoint.tensors["token_embedding.weight"] = table
-    model = checkpoint.fill(CLIP(**architecture))
-    tokenizer = SimpleTokenizer(context_length=text["context_length"])
+    model = checkpoint.fill(CLIP(**architecture)).eval()
+    checkpoint.tried(model, torch.zeros(1, 3, SIDE, SIDE), tokenizer(["a"]))
     return _describe_clip("demo clip", model, _demo_transform, tokenizer)
+
+
+def _demo_clip_architecture(checkpoint: Checkpoint, words: int) -> dict[str, Any]:
+    """What the header must say: sizes of the tensors, and numbers of heads."""
+    context, width = checkpoint.shape("positional_embedding", 2)
+    picture_width, _, _, patch = checkpoint.shape("visual.conv1.weight", 4)
+    return {
+        "embed_dim": checkpoint.shape("text_projection", 2)[1],
+        "vision_cfg": {
+            "image_size": SIDE,
+            "patch_size": patch,
+            "width": picture_width,
+            "layers": checkpoint.count("visual.transformer.resblocks."),
+            "head_width": range(1, picture_width + 1),
+        },
+        "text_cfg": {
+            "context_length": context,
+            "vocab_size": words,
+            "width": width,
+            "heads": range(1, width + 1),
+            "layers": checkpoint.count("transformer.resblocks."),
+        },
+    }
 
 
 def _pretrained_clip(name: str) -> LoadedModel:
@@ -261,6 +365,8 @@ def _pretrained_clip(name: str) -> LoadedModel:
             f"{tag!r} is neither a file nor weights that open_clip has for {architecture}; "
             f"write {architecture}/FILE, or a tag in place of FILE: {', '.join(tags) or 'none is known'}"
         )
+    if itself:
+        check_open_clip_config(name)
     model, _, transform = open_clip.create_model_and_transforms(architecture, tag or None)
     return _describe_clip(name, model, transform, open_clip.get_tokenizer(architecture))
 
@@ -285,79 +391,25 @@ def _describe_clip(name: str, model: Any, transform: Callable, tokenizer: Any) -
 
 # ---- which function loads what ----
 
+
+def _carefully(load: Callable) -> Callable:
+    @wraps(load)
+    def loading(name: str, *options: Any) -> LoadedModel:
+        with in_one_sentence(f"{name} can't be loaded"):
+            return load(name, *options)
+
+    return loading
+
+
 DEMOS = {"vit": _demo_vit, "llama": _demo_llama, "clip": _demo_clip}
-PRETRAINED = {"vit": _pretrained_vit, "llama": _pretrained_llama, "clip": _pretrained_clip}
+PRETRAINED = {
+    "vit": _carefully(_pretrained_vit),
+    "llama": _carefully(_pretrained_llama),
+    "clip": _carefully(_pretrained_clip),
+}
 
 
 def _loader(loaders: dict[str, Callable], kind: str) -> Callable:
     if kind not in loaders:
         raise ValueError(f"unknown kind of model {kind!r}; there are {', '.join(loaders)}")
     return loaders[kind]
-
-
-# ---- checkpoints: safetensors whose header says how to build the model ----
-
-
-@dataclass
-class Checkpoint:
-    """The tensors of a file, as fp32, and its header."""
-
-    path: Path
-    tensors: dict[str, Tensor]
-    header: dict[str, str]
-
-    def read(self, key: str) -> Any:
-        """What the header says of `key` (the header's values are JSON).
-
-        Raises:
-            ValueError: no such key, or no JSON.
-        """
-        try:
-            return json.loads(self.header[key])
-        except (KeyError, json.JSONDecodeError) as error:
-            raise damaged(self.path, f"its header has no readable {key!r}") from error
-
-    def fill(self, model: nn.Module) -> nn.Module:
-        """Load the tensors into a model; they must fit exactly.
-
-        Raises:
-            ValueError: they don't.
-        """
-        try:
-            model.load_state_dict(self.tensors)
-        except RuntimeError as error:
-            raise damaged(self.path, "its tensors don't fit the model it describes") from error
-        return model
-
-
-def read_checkpoint(path: Path) -> Checkpoint:
-    """Read a demo checkpoint; errors say which file is at fault and how to make it again.
-
-    Raises:
-        FileNotFoundError: a missing file.
-        ValueError: a damaged one, or one with NaN or infinity.
-    """
-    if not path.exists():
-        raise FileNotFoundError(f"{path} is missing. {_how_to_rebuild(path)}")
-    try:
-        with safe_open(path, framework="pt") as file:
-            tensors = {name: file.get_tensor(name).float() for name in file.keys()}
-            header = file.metadata() or {}
-    except SafetensorError as error:
-        raise damaged(path, f"it can't be read as safetensors ({error})") from error
-    for name, tensor in tensors.items():
-        if not tensor.isfinite().all():
-            raise damaged(path, f"{name} holds NaN or infinity")
-    return Checkpoint(path, tensors, header)
-
-
-def damaged(path: Path, why: str) -> ValueError:
-    return ValueError(f"{path} is damaged: {why}. {_how_to_rebuild(path)}")
-
-
-def _how_to_rebuild(path: Path) -> str:
-    script = path.stem.replace("demo_", "train_") + ".py"
-    return (
-        f"Get it back by installing the package again, in a clone with `git checkout -- data/{path.name}`; "
-        f"or make it again there: `python data/{script}`."
-    )

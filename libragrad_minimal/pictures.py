@@ -1,19 +1,20 @@
 """Pictures from people: a file, an https address, an upload. One clear error for whatever isn't a picture."""
 
 import io
-import urllib.error
-import urllib.request
 import warnings
 from pathlib import Path
-from urllib.parse import urlsplit
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from .download import download
+from .sentences import one_line
+
+# Pillow knows more, and some of those run programs: EPS is drawn by Ghostscript, which executes what the file says.
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
 LARGEST_FILE = 20_000_000  # bytes
 LARGEST_PICTURE = 50_000_000  # pixels; a decompression bomb has more, in a file of a few kilobytes
 SMALLEST_SIDE = 8  # pixels; with fewer there are no regions to tell apart
-PATIENCE = 20  # seconds, for a server to answer
 
 
 def open_picture(source: str | Path | bytes | Image.Image) -> Image.Image:
@@ -33,7 +34,7 @@ def open_picture(source: str | Path | bytes | Image.Image) -> Image.Image:
     if isinstance(source, bytes):
         return _decoded(source, "the upload")
     if "://" in str(source):
-        return _decoded(_download(str(source)), str(source))
+        return _decoded(download(str(source), LARGEST_FILE), str(source))
     path = Path(source).expanduser()
     if not path.is_file():
         raise FileNotFoundError(f"there is no file {path}; give a path, or an address that begins with https://")
@@ -42,50 +43,35 @@ def open_picture(source: str | Path | bytes | Image.Image) -> Image.Image:
     return _decoded(path.read_bytes(), str(path))
 
 
-class _OnlyHttps(urllib.request.HTTPRedirectHandler):
-    """An https address may not lead anywhere else."""
-
-    def redirect_request(self, request, file, code, message, headers, address):
-        _require_https(address)
-        return super().redirect_request(request, file, code, message, headers, address)
-
-
-def _require_https(address: str) -> None:
-    if urlsplit(address).scheme != "https":
-        raise ValueError(f"{address} is not an https address; only those are opened")
-
-
-def _download(address: str) -> bytes:
-    _require_https(address)
-    request = urllib.request.Request(address, headers={"User-Agent": "libragrad-minimal"})  # some servers demand a name
-    try:
-        with urllib.request.build_opener(_OnlyHttps).open(request, timeout=PATIENCE) as answer:
-            content = answer.read(LARGEST_FILE + 1)
-    except urllib.error.HTTPError as error:
-        raise ValueError(f"{address} can't be fetched: the server answered {error.code} {error.reason}") from error
-    except OSError as error:
-        raise ValueError(f"{address} can't be fetched: {getattr(error, 'reason', error)}") from error
-    if len(content) > LARGEST_FILE:
-        raise ValueError(_too_large(address))
-    return content
-
-
 def _too_large(name: str) -> str:
     return f"{name} is larger than {LARGEST_FILE // 1_000_000} MB; make the picture smaller first"
 
 
 def _decoded(content: bytes, name: str) -> Image.Image:
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # our own limit is lower, and an error
-            picture = Image.open(io.BytesIO(content))
-        return _checked(picture, name)
+        picture = open_file(io.BytesIO(content))
+    except UnidentifiedImageError as error:
+        raise ValueError(f"{name} is not a picture that can be read ({', '.join(FORMATS)})") from error
     except Image.DecompressionBombError as error:
         raise ValueError(f"{name} claims to be enormous and was not opened: {error}") from error
-    except UnidentifiedImageError as error:
-        raise ValueError(f"{name} is not a picture that can be read (JPEG, PNG, WebP, GIF, BMP, TIFF)") from error
-    except (OSError, SyntaxError, EOFError) as error:  # Pillow's ways of saying that a file is broken
-        raise ValueError(f"{name} is a damaged picture: {error}") from error
+    except Exception as error:  # Pillow raises nearly anything for a file that is broken
+        raise _damaged(name, error) from error
+    return _checked(picture, name)
+
+
+def open_file(file: io.BytesIO | Path | str) -> Image.Image:
+    """As Image.open, but only the formats promised.
+
+    Raises:
+        UnidentifiedImageError: it is none of those.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # our own limit is lower than what Pillow warns of, and an error
+        return Image.open(file, formats=FORMATS)
+
+
+def _damaged(name: str, error: Exception) -> ValueError:
+    return ValueError(f"{name} is a damaged picture: {one_line(error, 200) or type(error).__name__}")
 
 
 def _checked(picture: Image.Image, name: str) -> Image.Image:
@@ -95,15 +81,53 @@ def _checked(picture: Image.Image, name: str) -> Image.Image:
         raise ValueError(f"{name} has {width} x {height} pixels, more than {limit}; make it smaller first")
     if min(width, height) < SMALLEST_SIDE:
         raise ValueError(f"{name} has {width} x {height} pixels; it needs at least {SMALLEST_SIDE} on each side")
-    return _rgb(ImageOps.exif_transpose(picture))
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            picture.load()
+            picture = _upright(picture)
+    except Exception as error:
+        raise _damaged(name, error) from error
+    return _rgb(picture, name)
 
 
-def _rgb(picture: Image.Image) -> Image.Image:
+def _upright(picture: Image.Image) -> Image.Image:
+    try:
+        return ImageOps.exif_transpose(picture)
+    except Exception:  # whatever a damaged note of the camera leads to; the picture itself is whole
+        return picture
+
+
+def _rgb(picture: Image.Image, name: str) -> Image.Image:
     if picture.mode.startswith(("I", "F")):  # 16 bits and more, which Pillow would cut at 255
         values = np.asarray(picture, dtype=np.float32)
-        brightest = 255 if values.max() <= 255 else max(65535, values.max())
-        return Image.fromarray((values.clip(0) * (255 / brightest)).astype(np.uint8)).convert("RGB")
-    if not picture.has_transparency_data:
-        return picture.convert("RGB")
-    opaque = picture.convert("RGBA")
+        return Image.fromarray((values * (255 / _white(values, picture.mode, name))).astype(np.uint8)).convert("RGB")
+    try:
+        if not picture.has_transparency_data:
+            return picture.convert("RGB")
+        opaque = picture.convert("RGBA")
+    except ValueError as error:
+        raise ValueError(f"{name} has colours of a kind that can't be turned into RGB: {picture.mode}") from error
     return Image.alpha_composite(Image.new("RGBA", picture.size, "white"), opaque).convert("RGB")
+
+
+def _white(values: np.ndarray, mode: str, name: str) -> float:
+    """The number that stands for white: a file of integers or floats doesn't say, and a wrong guess shows other shades.
+
+    Floats from 0 to 1 and integers of 16 bits are what image libraries write; 0 to 255 is an ordinary picture that was
+    stored with more bits. Between those lie 10- and 12-bit scans, measurements and high dynamic range.
+    """
+    if not np.isfinite(values).all():
+        raise ValueError(f"{name} holds NaN or infinity, which is no shade: put numbers in their place")
+    darkest, brightest = values.min(), values.max()
+    if darkest >= 0:
+        if mode.startswith("F") and brightest <= 1:
+            return 1
+        if brightest <= 255:
+            return 255
+        if mode.startswith("I") and 4095 < brightest <= 65535:
+            return 65535
+    raise ValueError(
+        f"{name} holds numbers from {darkest:g} to {brightest:g}, and which of them is white can't be known: "
+        "scale them to 0 ... 255 and save it with 8 bits"
+    )

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from html import escape
 from textwrap import fill
 from typing import Any
+from unicodedata import category
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -19,6 +20,7 @@ from PIL import Image
 POSITIVE, NEGATIVE = (213, 94, 0), (0, 114, 178)  # Okabe and Ito's vermilion and blue: told apart by colour-blind eyes
 STRONGEST = 0.7  # opacity of the highest score; the text stays readable, dark on light pages and light on dark ones
 VISIBLE = {" ": "·", "\n": "↵", "\r": "␍", "\t": "⇥"}
+TURNING = "\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"  # the direction of reading
 
 
 @dataclass
@@ -70,12 +72,17 @@ class TokenStrips:
 
 
 def visible(token: str) -> str:
-    """A token with its spaces, tabs and line breaks made visible."""
-    return "".join(VISIBLE.get(character, character) for character in token)
+    """A token with its spaces, tabs and line breaks made visible, and what has no shape but an effect."""
+    return shown("".join(VISIBLE.get(character, character) for character in token))
+
+
+def shown(text: str) -> str:
+    """A text with its control characters written out, [U+202E]: some turn what follows around, so that it lies."""
+    return "".join(f"[U+{ord(c):04X}]" if c in TURNING or category(c) == "Cc" else c for c in text)
 
 
 def _strip_html(strip: Strip) -> str:
-    title = f'<div style="line-height:1.3;opacity:.75;font-size:13px">{escape(strip.title)}</div>'
+    title = f'<div style="line-height:1.3;opacity:.75;font-size:13px">{escape(shown(strip.title))}</div>'
     places = zip(strip.tokens, strip.scores, strip.opacities(), range(len(strip.tokens)), strict=True)
     spans = "".join(_token_html(token, score, opacity, place in strip.muted) for token, score, opacity, place in places)
     return f'<div style="margin:.4em 0">{title if strip.title else ""}{spans}</div>'
@@ -104,7 +111,7 @@ def _strips_figure(strips: Sequence[Strip], width: float) -> Figure:
     row, columns = 0.0, int((width - 0.2) / column)
     for strip in strips:
         if strip.title:
-            placed.append((row, 0, strip.title, None, False))
+            placed.append((row, 0, shown(strip.title), None, False))
             row += 1
         at = 0.0
         for place, (token, opacity) in enumerate(zip(strip.tokens, strip.opacities(), strict=True)):

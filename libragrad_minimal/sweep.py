@@ -30,6 +30,7 @@ from tqdm import tqdm
 from .attribution import attribute
 from .engine import UnsupportedOperation, additive_constants, libra_grad, observed
 from .families import Inputs, call, explains_picture_for_texts
+from .files import only_one, whole_file
 from .layout import first_tokens, layout_of
 from .readout import chosen_rows, explained, kept_rows
 from .streams import find_streams, removed
@@ -246,10 +247,17 @@ class Run:
 
 
 def sweep(library: str, names: Sequence[str], path: Path, processes: int = 1, bounds: Bounds | None = None) -> None:
-    """Appends a row for every model that has none yet in the table at `path`, of the versions installed."""
-    bounds = bounds or Bounds()
-    table = Table(path, library)
-    left = [name for name in names if name not in table.done]
+    """Appends a row for every model that has none yet in the table at `path`, of the versions installed.
+
+    Raises:
+        BlockingIOError: another sweep is at work on that table.
+    """
+    with only_one(path):
+        table = Table(path, library)
+        fill(table, library, [name for name in names if name not in table.done], processes, bounds or Bounds())
+
+
+def fill(table: Table, library: str, left: list[str], processes: int, bounds: Bounds) -> None:
     processes_of_models = context(library)
     running: list[Run] = []
     with tqdm(total=len(left), desc=library, disable=None) as bar:
@@ -379,7 +387,8 @@ class Table:
         if not path.exists() or not path.read_bytes().endswith(b"\n"):
             lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
             whole = b"".join(line for line in lines if line.endswith(b"\n"))
-            path.write_bytes(whole or (",".join(COLUMNS) + "\n").encode())
+            with whole_file(path) as unfinished:
+                unfinished.write_bytes(whole or (",".join(COLUMNS) + "\n").encode())
         self.done = {row["model"] for row in read(path) if row["library"] == self.versions["library"]}
 
     def add(self, row: dict[str, Any]) -> None:

@@ -18,7 +18,8 @@ from torch import Tensor, nn
 
 from libragrad_minimal import LIBRA, PLAIN, additive_constants, audit, libra_grad
 from libragrad_minimal.attribution import attribute
-from libragrad_minimal.models import DATA, LoadedModel, _describe_clip, load_demo, load_pretrained, read_checkpoint
+from libragrad_minimal.checkpoints import read_checkpoint
+from libragrad_minimal.models import DATA, LoadedModel, _describe_clip, load_demo, load_pretrained
 from libragrad_minimal.prompts import attribute_prompts, encode_prompts, tokenize_prompts, words_kept
 from libragrad_minimal.scenes import CLASSES, COLOURS, Scene, caption, draw_scene
 

@@ -55,6 +55,18 @@ def test_any_token_shows_as_text(pairs):
     assert len(page.spans) == len(pairs)
 
 
+@pytest.mark.parametrize(
+    "code", [*range(0x202A, 0x202F), *range(0x2066, 0x206A), 0x200E, 0x200F, 0x61C, 0, 8, 0x1B, 0x9B]
+)
+def test_what_has_an_effect_and_no_shape_is_written_out(code):
+    """Else "user\u202etxt.exe" would be read as "userexe.txt"."""
+    strips = TokenStrips(Strip([f"a{chr(code)}b"], [1.0], title=f"why {chr(code)}"))
+    page = Reader(strips._repr_html_())
+    assert page.text == f"why [U+{code:04X}]a[U+{code:04X}]b"
+    drawn = "".join(text.get_text() for text in strips.figure().axes[0].texts)
+    assert drawn == page.text
+
+
 def test_whitespace_is_visible_and_lines_break():
     page = Reader(html(Strip([" a", "\t", "b\n", "c"], [1, 1, 1, 1])))
     assert page.text == "·a⇥b↵c"

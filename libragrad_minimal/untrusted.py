@@ -1,0 +1,139 @@
+"""What a stranger's model may say of how it is to be computed: sizes and numbers, never whose code.
+
+`trust_remote_code=False` doesn't settle that. A config of transformers may name an attention kernel, "owner/kernel",
+which is fetched from the hub and run wherever `kernels` is installed; one of open_clip may pass `trust_remote_code` on
+to its tokenizer.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .sentences import one_line
+
+# What transformers computes by itself; by all other names it loads libraries, some of them from the hub.
+OWN = ("eager", "sdpa", "flex_attention", "batched_mm", "grouped_mm")
+
+
+def refuse_remote_code(config: Any, name: str) -> None:
+    """Raises if a config, or one within it, says that somebody's code is to be fetched and run.
+
+    Args:
+        config: JSON's dicts and lists, or an object of transformers that was made from it.
+        name: whose config it is, for the message.
+    Raises:
+        ValueError: it names a place where code lies, as a kernel is named, or asks that such be trusted.
+    """
+    for path, value in entries(config):
+        asks = path.endswith("trust_remote_code") and value not in (None, False)
+        if asks or (is_implementation(path) and isinstance(value, str) and "/" in value):
+            raise ValueError(
+                f"{name} was not loaded: its config wants somebody's code to be fetched and run "
+                f"({one_line(path.strip('.'), 100)}: {one_line(value, 100)!r}); "
+                "download it and take that entry out of the config if you want the model without"
+            )
+
+
+def is_implementation(path: str) -> bool:
+    return "implementation" in path or "kernel" in path
+
+
+def entries(config: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    """Every value that is no container, with the keys that lead to it."""
+    inside = config if isinstance(config, dict) else vars(config) if hasattr(config, "sub_configs") else None
+    if inside is not None:
+        for key, value in inside.items():
+            yield from entries(value, f"{path}.{key}")
+    elif isinstance(config, list | tuple):
+        for value in config:
+            yield from entries(value, path)
+    else:
+        yield path, config
+
+
+def transformers_config(name: str) -> Any:
+    """A model's config, to be handed to whatever builds the model, so that nothing reads it once more.
+
+    Where attention is computed by a library that may not be here, transformers' own choice takes its place.
+
+    Args:
+        name: a hub's name or a folder.
+    Raises:
+        ValueError: it names code, or can't be understood. OSError: there is none, or the hub can't be reached.
+    """
+    from transformers import AutoConfig, PreTrainedConfig
+
+    with in_one_sentence(f"{name} has a config that can't be used"):
+        refuse_remote_code(PreTrainedConfig.get_config_dict(name)[0], name)  # all that is said
+        config = AutoConfig.from_pretrained(name, trust_remote_code=False)
+        refuse_remote_code(config, name)  # and what was heard, if the file was another by then
+    for setting in ("_attn_implementation", "_experts_implementation"):
+        chosen = {value for path, value in entries(config) if setting in path and value is not None}
+        if not chosen.issubset(OWN):
+            setattr(config, setting, None)  # transformers sets it in the configs within, too
+    return config
+
+
+def config_of_weights(name: str) -> Any:
+    """As `transformers_config`, of a model that is to be loaded: no more layers than the file has weights for.
+
+    Raises:
+        ValueError: there are more; transformers would build them all and fill them with random numbers.
+    """
+    config = transformers_config(name)
+    numbers = [int(part) for tensor in tensor_names(name) for part in tensor.split(".") if part.isdecimal()]
+    for path, value in entries(config):
+        if numbers and path.endswith(("layers", "n_layer")) and isinstance(value, int) and value > max(numbers) + 1:
+            raise ValueError(f"{name} has weights of {max(numbers) + 1} layers, and its config {path[1:]} = {value}")
+    return config
+
+
+def tensor_names(name: str) -> list[str]:
+    """The names of a model's tensors, from its safetensors or their index; none where it has neither."""
+    from safetensors import safe_open
+    from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
+
+    missing = ("missing_entries", "gated_repo", "connection_errors")
+    optional = {f"_raise_exceptions_for_{what}": False for what in missing}
+    with in_one_sentence(f"{name} has weights that can't be read as safetensors"):
+        if file := cached_file(name, SAFE_WEIGHTS_NAME, **optional):
+            with safe_open(file, framework="pt") as opened:
+                return list(opened.keys())
+        if index := cached_file(name, SAFE_WEIGHTS_INDEX_NAME, **optional):
+            return list(json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"])
+    return []
+
+
+def check_open_clip_config(name: str) -> None:
+    """As `transformers_config` does, of a model that holds its own shape ("hf-hub:owner/name", "local-dir:folder")."""
+    import open_clip
+
+    with in_one_sentence(f"{name} has a config that can't be used"):
+        config = open_clip.get_model_config(name)
+        refuse_remote_code(config, name)
+        text_tower = config.get("text_cfg", {}).get("hf_model_name")
+    if text_tower:
+        transformers_config(text_tower)
+
+
+@contextmanager
+def in_one_sentence(saying: str) -> Iterator[None]:
+    """Whatever a library raises because of what a file says becomes a ValueError: libraries don't expect strangers.
+
+    What tells of this machine passes: a missing library, file or network, no memory left; so do this package's own
+    refusals.
+    """
+    try:
+        yield
+    except (OSError, ImportError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        if type(error) is ValueError and one_line(error, 600) == str(error):
+            raise
+        raise ValueError(f"{saying}: {one_line(error) or type(error).__name__}") from error
