@@ -1,6 +1,6 @@
 """Where do the scores of each block lie, and which block decides where FullGrad+ points? On pictures with masks.
 
-    python data/by_block.py objects:../shared/pictures/coco   # -> data/benchmark_coco_by_block.csv, for notebook 05
+python data/by_block.py objects:../shared/pictures/coco   # -> data/benchmark_coco_by_block.csv, for notebook 05
 """
 
 import sys

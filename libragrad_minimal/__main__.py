@@ -34,12 +34,14 @@ try:
     from matplotlib.figure import Figure
     from PIL import Image
 
+    from .files import whole_file
     from .models import LoadedModel, load_demo, load_pretrained, token_texts
     from .pictures import open_picture
     from .plots import Strip, TokenStrips, heatmaps
     from .prompts import attribute_prompts
     from .scenes import draw_scene
     from .sweep import RAW, WRONG, Bounds, read, summary, sweep
+    from .untrusted import transformers_config
     from .zoo import LIBRARIES, registered
 except ModuleNotFoundError as error:
     sys.exit(refuse(error))
@@ -231,6 +233,8 @@ def text_command(args: argparse.Namespace) -> int:
     check_output(args, [".html", ".png", ".pdf", ".svg"])
     if not args.prompt.strip():
         raise ValueError("the prompt is empty")
+    if any("\ud800" <= character <= "\udfff" for character in args.prompt):
+        raise ValueError("the prompt isn't UTF-8: it holds bytes that are no text")
     loaded = load("llama", args.model)
     strip, result = attribute_text(loaded, args.prompt, args.target, args.against, args.method, args.rules)
     if args.output.suffix == ".html":
@@ -285,7 +289,8 @@ def benchmark_command(args: argparse.Namespace) -> int:
         table.to_csv(path.with_suffix(".csv"), index=False)
     report.figure(table).savefig(path.with_name("figure.png"), dpi=120)
     told = [(name, str(value)) for name, value in vars(settings).items()]
-    path.with_name("report.html").write_text(report.page(table, told), encoding="utf-8")
+    with whole_file(path.with_name("report.html")) as page_file:
+        page_file.write_text(report.page(table, told), encoding="utf-8")
     print(f"{len(benchmark.skipped(table))} examples skipped; wrote {path}, figure.png and report.html beside it")
     return 0
 
@@ -365,9 +370,9 @@ def audit_model(name: str) -> Audit:
     if name in open_clip.list_models():
         model = open_clip.create_model(name).eval()
         return audit_pictures(model, model.visual.image_size)
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
 
-    config = AutoConfig.from_pretrained(name, trust_remote_code=False)
+    config = transformers_config(name)
     return audit_text(AutoModelForCausalLM.from_config(config, trust_remote_code=False).eval())
 
 

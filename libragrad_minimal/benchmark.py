@@ -21,11 +21,11 @@ from zlib import crc32
 
 import pandas as pd
 import torch
-from filelock import AcquireReturnProxy, FileLock, Timeout
 from tqdm import tqdm
 
 from .batches import Settings, check_methods, measured, subject
 from .examples import Example, open_data
+from .files import only_one, whole_file
 from .models import LoadedModel, load_demo, load_pretrained
 
 KEYS = ["example", "method", "rules", "protocol", "metric"]
@@ -56,8 +56,9 @@ def run(settings: Settings, folder: Path, device_map: str | None = None) -> Path
     if mine:
         check_methods(of_model, examples, settings)
     folder.mkdir(parents=True, exist_ok=True)
-    with only_one(folder / f"process {number}.lock"):
-        write_text(json.dumps(asked, indent=1), folder / "settings.json")
+    with only_one(folder / f"process {number}"):
+        with whole_file(folder / "settings.json") as beside:
+            beside.write_text(json.dumps(asked, indent=1), encoding="utf-8")
         for index in tqdm(mine, f"{settings.data} ({number + 1} of {of})" if of > 1 else settings.data, disable=None):
             torch.manual_seed(settings.seed + index)
             write(measured(of_model, batches[index], settings), part(folder, index))
@@ -124,30 +125,14 @@ def refuse_other_run(folder: Path, asked: dict[str, Any]) -> None:
         raise ValueError(f"{folder} isn't empty and holds no run of this benchmark: choose another folder")
 
 
-def only_one(lock: Path) -> AcquireReturnProxy:
-    """Holds the lock of one process's share while inside; it goes when the process does, however that ends."""
-    try:
-        return FileLock(lock).acquire(timeout=0)
-    except Timeout:
-        raise BlockingIOError(f"another process is at work in {lock.parent}; let it finish, or end it first") from None
-
-
 def part(folder: Path, index: int) -> Path:
     return folder / "parts" / f"{index:05d}.parquet"
 
 
 def write(table: pd.DataFrame, file: Path) -> None:
-    """Beside, then renamed in one step: a file is whole or isn't there."""
     file.parent.mkdir(exist_ok=True)
-    beside = file.with_suffix(f".{os.getpid()}.unfinished")
-    table.to_parquet(beside, index=False)
-    os.replace(beside, file)
-
-
-def write_text(text: str, file: Path) -> None:
-    beside = file.with_suffix(f".{os.getpid()}.unfinished")
-    beside.write_text(text, encoding="utf-8")
-    os.replace(beside, file)
+    with whole_file(file) as beside:
+        table.to_parquet(beside, index=False)
 
 
 def put_together(folder: Path, settings: Settings, batches: int) -> Path:

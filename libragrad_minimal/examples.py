@@ -17,7 +17,7 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from .models import LoadedModel
-from .pictures import open_picture
+from .pictures import open_file, open_picture
 from .scenes import CLASSES, COLOURS, draw_scene
 
 SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff"}
@@ -132,7 +132,7 @@ def folder_of_masks(where: str, classes: Classes) -> list[Example]:
 
 
 def coded(mask: Path, number: int) -> np.ndarray:
-    colours = np.asarray(Image.open(mask).convert("RGB"), dtype=int)
+    colours = np.asarray(open_file(mask).convert("RGB"), dtype=int)
     return colours[..., 0] + 256 * colours[..., 1] == number
 
 
@@ -159,7 +159,7 @@ def listed_objects(where: str, classes: Classes) -> list[Example]:
 
 
 def not_black(mask: Path) -> np.ndarray:
-    return np.asarray(Image.open(mask).convert("L")) > 0
+    return np.asarray(open_file(mask).convert("L")) > 0
 
 
 def pets(where: str, classes: Classes) -> list[Example]:
@@ -182,7 +182,7 @@ def pets(where: str, classes: Classes) -> list[Example]:
 
 
 def not_background(trimap: Path) -> np.ndarray:
-    return np.asarray(Image.open(trimap)) != 2
+    return np.asarray(open_file(trimap)) != 2
 
 
 def pet_labels(breed: str, kind: str, classes: Classes) -> tuple[int, ...]:
@@ -408,7 +408,7 @@ def pictures_in(folder: Path) -> list[Path]:
 def same_size(picture: Path, mask: Path) -> None:
     """Files that are missing or damaged are no matter of sizes: they are told of when they are opened."""
     try:
-        sizes = [Image.open(file).size for file in (picture, mask)]
+        sizes = [open_file(file).size for file in (picture, mask)]
     except (OSError, UnidentifiedImageError):
         return
     if sizes[0] != sizes[1]:

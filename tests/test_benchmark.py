@@ -21,6 +21,7 @@ import libragrad_minimal.__main__ as cli
 from libragrad_minimal import LIBRA, PLAIN, attribute, benchmark, libra_grad, report
 from libragrad_minimal.batches import pixels
 from libragrad_minimal.benchmark import Settings, compare, read_table, run, summary
+from libragrad_minimal.files import only_one
 from libragrad_minimal.models import DATA, load_demo
 from libragrad_minimal.scenes import draw_scene
 
@@ -212,7 +213,7 @@ def test_a_second_process_on_the_same_work_is_told_so(tmp_path):
     folder = tmp_path / "taken"
     run(FEW, folder)
     (folder / "parts" / "00001.parquet").unlink()
-    with benchmark.only_one(folder / "process 0.lock"):
+    with only_one(folder / "process 0"):
         with pytest.raises(BlockingIOError, match="another process is at work"):
             run(FEW, folder)
 
