@@ -23,7 +23,7 @@ from .engine import LIBRA, Rules, libra_grad, observed
 from .engine.nodes import OPERANDS, noted, operation_name
 from .families import Inputs, attention_heads, call, name_of
 from .layout import Axes, Layout, coarsening, first_tokens, layer_axes, layout_of
-from .readout import chosen_rows, explained, kept_rows
+from .readout import chosen_rows, explained, kept_rows, rows_of_answer
 from .streams import (
     Streams,
     candidates,
@@ -411,6 +411,9 @@ def answered(request: Request, residuals: bool) -> Tensor:
     eager = torch.compiler.set_stance("force_eager")
     with torch.no_grad(), eager, unfused(model), observed(residuals=residuals):
         answer = call(model, inputs, kept)
+        if rows is not None:
+            number = None if kept is None else len(kept)
+            rows = rows_of_answer(name_of(model), inputs, answer, request.readout, rows, number)
         with torch.enable_grad():
             return explained(model, answer, request.target, request.readout, rows, inputs.samples)
 

@@ -5,8 +5,9 @@ A method is a function of a `Recording` (B samples, N tokens, C channels, L bloc
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Iterable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -82,8 +83,18 @@ def shown(run: Recording, layer: int) -> Tensor:
 # ---- layers ----------------------------------------------------------------------------------------------------------
 
 
+def whole_number(option: str, value: Any) -> int:
+    try:
+        if isinstance(value, bool):
+            raise TypeError
+        return operator.index(value)
+    except TypeError as error:
+        raise ValueError(f"{option} must be a whole number, got {value!r}") from error
+
+
 def checked_layer(layer: int, count: int) -> int:
     """The number of a layer that may be counted from the end."""
+    layer = whole_number("layer", layer)
     if not -count <= layer < count:
         raise ValueError(f"there is no layer {layer}: they are numbered 0..{count - 1}, or -{count}..-1 from the end")
     return layer % count
@@ -94,7 +105,11 @@ def chosen_layers(layers: Iterable[int] | None, run: Recording) -> list[int]:
     count = len(run.left)
     if layers is None:
         return list(range(count))
-    numbers = sorted({checked_layer(layer, count) for layer in ([layers] if isinstance(layers, int) else layers)})
+    try:
+        several = list(layers)
+    except TypeError:
+        several = [layers]
+    numbers = sorted({checked_layer(layer, count) for layer in several})
     if not numbers:
         raise ValueError(f"layers is empty: name some of the blocks 0..{count - 1}, or leave it out to sum over all")
     return numbers

@@ -51,7 +51,8 @@ def find_streams(model: nn.Module, inputs: Inputs, blocks: Iterable[str | nn.Mod
         )
     if len(lists) == 1:
         return Streams(tuple(next(iter(lists.values()))))
-    key = (tuple(inputs.tensors), tuple(id(block) for several in lists.values() for block in several))
+    blocks_in_lists = tuple(id(block) for several in lists.values() for block in several)
+    key = (tuple(inputs.tensors), inputs.choices(), blocks_in_lists)
     known = _found.setdefault(plain(model), {})
     if key not in known:
         known[key] = streams_in_graph(model, inputs, lists)

@@ -135,7 +135,7 @@ def test_answers_of_other_shapes(wrapped):
     "build, options, message",
     [
         (masked_language_model, dict(target=3), r"9 rows of 200 numbers.*readout=3.*function"),
-        (masked_language_model, dict(target=3, readout=9), "row 9, and the text has 9 tokens"),
+        (masked_language_model, dict(target=3, readout=9), "row 9, and the answer has 9 rows"),
         (masked_language_model, dict(target=3, readout=torch.zeros(9, dtype=torch.bool)), "mask of readout is empty"),
         (masked_language_model, dict(target=3, readout=torch.ones(8, dtype=torch.bool)), "9 places, and the mask is"),
         (masked_language_model, dict(target=3, readout="cls"), "unknown readout 'cls'.*readout='last'"),
