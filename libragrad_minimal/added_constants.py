@@ -175,7 +175,9 @@ class Shares:
         options = [axes, Axes(0, (1, 2)), Axes(0, (2, 3)), Axes(0, (1,)), Axes(1, (0,))]
         for dims in options[::-1] if place.node in self.tokens_first else options:
             # with no dimension left for channels it is a head's answer, of as many classes as there are tokens
-            fits = 1 + len(dims.tokens) < len(shape) <= max(like.dim(), 3) and max(dims.batch, *dims.tokens) < len(shape)
+            fits = 1 + len(dims.tokens) < len(shape) <= max(like.dim(), 3) and max(dims.batch, *dims.tokens) < len(
+                shape
+            )
             if fits and shape[dims.batch] == self.samples:
                 if tuple(shape[dim] for dim in dims.tokens) in (sizes, (math.prod(sizes),)):
                     return dims

@@ -109,6 +109,8 @@ def attribute_many(
 
     The other arguments and errors are those of `attribute`.
     """
+    if isinstance(methods, str) or not isinstance(methods, Iterable):
+        raise ValueError(f"methods must be names in a list, or a dict of names with options, got {methods!r}")
     methods = methods if isinstance(methods, Mapping) else {name: {} for name in methods}
     for name, options in methods.items():
         check_method(name, options)

@@ -288,7 +288,9 @@ def check_inputs(model: nn.Module, given: Any) -> None:
         raise ValueError("there are no gradients inside torch.inference_mode(): call from outside of it")
     training = [part for part, module in plain(model).named_modules() if module.training and acts_in_training(module)]
     if plain(model).training or training:
-        raise ValueError(f"{name if plain(model).training else training[0]} is in training mode; call model.eval() first")
+        raise ValueError(
+            f"{name if plain(model).training else training[0]} is in training mode; call model.eval() first"
+        )
     if not isinstance(given, Tensor | Mapping):
         raise ValueError(
             f"inputs are a {type(given).__name__}: give a tensor, pictures (B, 3, H, W) or token ids (B, T), or a dict "
@@ -301,14 +303,21 @@ def check_inputs(model: nn.Module, given: Any) -> None:
             raise ValueError(f"{label} is empty, {tuple(tensor.shape)}: there is nothing to explain")
         if tensor.is_floating_point() and not tensor.isfinite().all() and "mask" not in argument:
             raise ValueError(f"{label} holds NaN or infinity in {int((~tensor.isfinite()).sum())} places")
-    remembered = [argument for argument in REMEMBERED if not isinstance(given, Tensor) and given.get(argument) is not None]
+    remembered = [
+        argument for argument in REMEMBERED if not isinstance(given, Tensor) and given.get(argument) is not None
+    ]
     if remembered:
         raise ValueError(
-            f"{remembered[0]} among the inputs stands for earlier tokens, which couldn't be explained, and changes with "
-            "every run: leave it out and give the whole text"
+            f"{remembered[0]} among the inputs stands for earlier tokens, which couldn't be explained, and changes "
+            "with every run: leave it out and give the whole text"
         )
     if not inputs.tensors:
         raise ValueError("inputs hold no tensor: ask the tokenizer or processor for return_tensors='pt'")
+    if inputs.samples == 0:
+        raise ValueError(
+            f"which of the inputs {', '.join(inputs.tensors)} is the text isn't known: give a dictionary with "
+            f"{TOKEN_IDS}, or the token ids alone as one tensor"
+        )
     check_batch(model, inputs)
     if inputs.mask is not None and not ((inputs.mask == 0) | (inputs.mask == 1)).all():
         raise ValueError("attention_mask must hold 1 for tokens and 0 for padding; this one holds other numbers")

@@ -90,12 +90,23 @@ def first_tokens(model: nn.Module, inputs: Inputs, blocks: tuple[nn.Module, ...]
             raise Reached
 
     hooks = [block.register_forward_pre_hook(enter, with_kwargs=True) for block in set(blocks)]
-    with removed(hooks), torch.no_grad():
+    with removed(hooks), torch.no_grad(), without_nested_tensors():
         try:
             call(model, inputs)
         except Reached:
             return found[0]
     raise ValueError(f"{name_of(model)} ran none of its blocks on this input; name those that run, blocks=[...]")
+
+
+@contextlib.contextmanager
+def without_nested_tensors() -> Iterator[None]:
+    """Inside, nn.TransformerEncoder doesn't leave padding out of its tensors, as it does where there is no graph."""
+    before = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(before)
 
 
 _known: WeakKeyDictionary[nn.Module, dict[tuple, Layout]] = WeakKeyDictionary()
@@ -110,7 +121,6 @@ def layout_of(model: nn.Module, inputs: Inputs, blocks: tuple[nn.Module, ...], t
         return first_tokens(model, changed, blocks)
 
     if key in known:
-        check_samples(model, inputs, known[key].axes, tokens, ask)
         return known[key]
     if inputs.text is not None:
         layout = text_layout(inputs, inputs.text, tokens, ask)
@@ -120,13 +130,12 @@ def layout_of(model: nn.Module, inputs: Inputs, blocks: tuple[nn.Module, ...], t
         layout = picture_layout(model, inputs, tokens, ask, SURE)
     else:
         layout = sequence_layout(inputs, tokens, ask)
-    check_samples(model, inputs, layout.axes, tokens, ask)
     if layout.place is None or layout.place.dim() == 1:  # an order of each sample's own may be another next time
         known[key] = layout
     return layout
 
 
-def check_samples(model: nn.Module, inputs: Inputs, axes: Axes, tokens: Tensor, ask: Callable) -> None:
+def check_samples(model: nn.Module, inputs: Inputs, axes: Axes, blocks: tuple[nn.Module, ...], tokens: Tensor) -> None:
     """Raises ValueError where a sample alone makes the tokens that are another's in the batch, sorted perhaps."""
     count = inputs.samples
     if count == 1 or not all(len(tensor) == count for tensor in inputs.tensors.values() if tensor.dim()):
@@ -140,7 +149,7 @@ def check_samples(model: nn.Module, inputs: Inputs, axes: Axes, tokens: Tensor, 
             inputs.about_picture,
         )
         try:
-            alone = ask(one)
+            alone = first_tokens(model, one, blocks)
         except ValueError:  # a model for batches of one size
             return
         if alone.numel() != rows[i].numel():
@@ -148,8 +157,8 @@ def check_samples(model: nn.Module, inputs: Inputs, axes: Axes, tokens: Tensor, 
         apart = (rows - axes.arrange(alone).flatten(1).double()).norm(dim=1)
         if apart[i] > 0.01 * rows[i].norm() and apart.min() < 1e-4 * rows[i].norm():
             raise ValueError(
-                f"{name_of(model)} puts the samples of a batch into another order before its first block (sorts them by "
-                "length?), so scores would be of other samples: explain one at a time"
+                f"{name_of(model)} puts the samples of a batch into another order before its first block (sorts them "
+                "by length?), so scores would be of other samples: explain one at a time"
             )
 
 
@@ -224,7 +233,10 @@ def text_layout(inputs: Inputs, text: Tensor, tokens: Tensor, ask: Callable[[Inp
     if samples == 1 and length == 1:
         return Layout(Axes())
     for axes in fitting:
-        if is_in_order(inputs, text, axes, ask):
+        share = share_in_order(inputs, text, axes, ask)
+        if share == 1:
+            return Layout(axes)
+        if share >= SURE and spelled_positions(inputs, text, axes, ask) is None:  # neighbours have mixed, perhaps
             return Layout(axes)
     for axes in fitting or [axes for axes in (Axes(0, (1,)), Axes(1, (0,))) if tokens.shape[axes.batch] == samples]:
         place = spelled_positions(inputs, text, axes, ask)
@@ -237,8 +249,8 @@ def text_layout(inputs: Inputs, text: Tensor, tokens: Tensor, ask: Callable[[Inp
     )
 
 
-def is_in_order(inputs: Inputs, text: Tensor, axes: Axes, ask: Callable[[Inputs], Tensor]) -> bool:
-    """Does each token feel a change of its own position more than one of other positions? Changed are a half of them
+def share_in_order(inputs: Inputs, text: Tensor, axes: Axes, ask: Callable[[Inputs], Tensor]) -> float:
+    """How many tokens feel a change of their own position more than one of other positions? Changed are a half of them
     chosen at random, another one in each sample, then the others; tokens that feel neither can't be asked."""
     samples, length = text.shape[:2]
     chosen = torch.rand(samples, length, generator=torch.Generator().manual_seed(0)).argsort(1) < length / 2
@@ -246,9 +258,9 @@ def is_in_order(inputs: Inputs, text: Tensor, axes: Axes, ask: Callable[[Inputs]
     try:
         own, others = felt(chosen.to(text.device)), felt(~chosen.to(text.device))
     except ValueError:  # a text that holds marks, of pictures perhaps, that can't be changed
-        return True
+        return 1.0
     asked = own != others
-    return not asked.any() or bool(((own > others) == chosen.to(own.device))[asked].double().mean() >= SURE)
+    return ((own > others) == chosen.to(own.device))[asked].double().mean().item() if asked.any() else 1.0
 
 
 def feeling(inputs: Inputs, text: Tensor, axes: Axes, ask: Callable[[Inputs], Tensor]) -> Callable[[Tensor], Tensor]:

@@ -43,8 +43,8 @@ def chosen_rows(model: nn.Module, inputs: Inputs, target: Any, readout: Any) -> 
             covered = (readout.to(padding.device) & ~padding.bool()).any(-1)
             if covered.any():
                 raise ValueError(
-                    f"the mask of readout covers padding of sample {int(covered.int().argmax())}: give one mask a sample "
-                    "(B, T), without padding"
+                    f"the mask of readout covers padding of sample {int(covered.int().argmax())}: give one mask a "
+                    "sample (B, T), without padding"
                 )
         return None
     rows = torch.as_tensor(readout)
@@ -74,7 +74,9 @@ def kept_rows(model: nn.Module, inputs: Inputs, rows: Tensor | None) -> tuple[Te
     return rows.unique(return_inverse=True)
 
 
-def rows_of_answer(name: str, inputs: Inputs, answer: Any, readout: Any, rows: Tensor, kept: int | None) -> Tensor | None:
+def rows_of_answer(
+    name: str, inputs: Inputs, answer: Any, readout: Any, rows: Tensor, kept: int | None
+) -> Tensor | None:
     """Positions in the text as rows of the answer; None where those are others (queries, a prompt before the text) and
     the user's own number counts them."""
     text, mask = inputs.answered, inputs.answered_mask
@@ -85,8 +87,8 @@ def rows_of_answer(name: str, inputs: Inputs, answer: Any, readout: Any, rows: T
         return None
     if mask is not None and not mask[:, -1].bool().all():
         raise ValueError(
-            f"{name} answers with {answer.shape[1]} rows to a text of {text.shape[1]} tokens, so which row belongs to the "
-            "last token before the padding isn't known: pad on the left, or give readout= one row a sample"
+            f"{name} answers with {answer.shape[1]} rows to a text of {text.shape[1]} tokens, so which row belongs to "
+            "the last token before the padding isn't known: pad on the left, or give readout= one row a sample"
         )
     return torch.full_like(rows, answer.shape[1] - 1)
 

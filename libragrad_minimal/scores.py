@@ -126,6 +126,8 @@ def whole_layer(run: Recording, layer: int) -> int:
 
 def coarser(run: Recording, layer: int) -> int | None:
     """The k for which k x k cells of the picture are one token of this layer; None if no relation is known."""
+    if not run.in_place[layer]:
+        return None
     if run.tokens[layer].shape[:2] == run.valid.shape:
         return 1
     here, prefix = run.axes[layer].sizes(run.stream[layer]), run.prefixes[layer]
@@ -136,9 +138,14 @@ def coarser(run: Recording, layer: int) -> int | None:
 
 def spread(scores: Tensor, run: Recording, layer: int) -> Tensor:
     """Scores of one layer's tokens (B, N_layer) on the tokens of the first, (B, N): a coarse one shares evenly."""
-    if scores.shape == run.valid.shape:
-        return scores
     k = coarser(run, layer)
+    if k == 1 and scores.shape == run.valid.shape:
+        return scores
+    if not run.in_place[layer]:
+        raise ValueError(
+            f"before block {layer} tokens are dropped or put into another order, so scores of its tokens have no place"
+            ": use IxG or FullGrad, which read the first block's"
+        )
     if k is None or run.layout.grid is None:
         here, there = (" x ".join(map(str, run.axes[i].sizes(run.stream[i]))) for i in (layer, 0))
         raise ValueError(

@@ -201,8 +201,10 @@ def look_round(model: nn.Module, inputs: Inputs, lists: dict[str, list[nn.Module
         return hook
 
     def leave(block, args, result):
-        tensor = next(filter(is_stream, result if isinstance(result, tuple | list) else [result]), None)
-        running.pop().left = None if tensor is None else tensor.grad_fn
+        one = running.pop()
+        several = list(filter(is_stream, result if isinstance(result, tuple | list) else [result]))
+        tensor = next((part for part in several if tuple(part.shape) == one.shape), several[0] if several else None)
+        one.left = None if tensor is None else tensor.grad_fn
 
     hooks = [m.register_forward_hook(embed) for m in plain(model).modules() if isinstance(m, nn.Embedding)]
     hooks += [

@@ -44,7 +44,8 @@ class Against:
         chosen = classes(self.target, logits)
         if type(self.others) is not int or not 1 <= self.others < logits.shape[1]:
             raise ValueError(
-                f"there are {logits.shape[1]} classes: set against 1..{logits.shape[1] - 1} of them, not {self.others!r}"
+                f"there are {logits.shape[1]} classes: set against 1..{logits.shape[1] - 1} of them, "
+                f"not {self.others!r}"
             )
         rivals = logits.detach().scatter(1, chosen, -torch.inf).topk(self.others, dim=1).indices
         return logits.gather(1, chosen)[:, 0] - logits.gather(1, rivals).mean(1)
