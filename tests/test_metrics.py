@@ -9,6 +9,7 @@ import timm
 import torch
 import transformers
 from sklearn.metrics import average_precision_score
+from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from libragrad_minimal import metrics
