@@ -174,7 +174,11 @@ class Shares:
         sizes, shape = axes.sizes(like), place.shape
         options = [axes, Axes(0, (1, 2)), Axes(0, (2, 3)), Axes(0, (1,)), Axes(1, (0,))]
         for dims in options[::-1] if place.node in self.tokens_first else options:
-            if max(dims.batch, *dims.tokens) < len(shape) <= max(like.dim(), 3) and shape[dims.batch] == self.samples:
+            # with no dimension left for channels it is a head's answer, of as many classes as there are tokens
+            fits = 1 + len(dims.tokens) < len(shape) <= max(like.dim(), 3) and max(dims.batch, *dims.tokens) < len(
+                shape
+            )
+            if fits and shape[dims.batch] == self.samples:
                 if tuple(shape[dim] for dim in dims.tokens) in (sizes, (math.prod(sizes),)):
                     return dims
         return None
@@ -183,8 +187,7 @@ class Shares:
         """(B, N) where the dimensions are those of the layer's tokens, else (B,), as if samples came first."""
         dims = self.dimensions(place)
         if dims is not None:
-            arranged = dims.arrange(product)
-            return arranged.sum(-1) if arranged.dim() == 3 else arranged
+            return dims.arrange(product).sum(-1)
         if product.dim() and product.shape[0] % self.samples == 0:
             return product.reshape(self.samples, -1).sum(1)
         return None

@@ -40,7 +40,7 @@ FUSIONS = {"mean": lambda a: a.mean(1), "max": lambda a: a.amax(1), "min": lambd
 @reads(MAPS)
 def rollout(run: Recording, head_fusion: str = "mean", discard_ratio: float = 0.0) -> Scores:
     """Attention Rollout (Abnar & Zuidema 2020), with vit-explain's head_fusion (mean, max, min) and discard_ratio."""
-    if head_fusion not in FUSIONS:
+    if head_fusion not in list(FUSIONS):
         raise ValueError(f"unknown head_fusion {head_fusion!r}; there are {', '.join(FUSIONS)}")
     return roll_out(run, map(FUSIONS[head_fusion], run.attention), discard_ratio)
 
@@ -54,8 +54,8 @@ def gradient_rollout(run: Recording, discard_ratio: float = 0.0) -> Scores:
 
 def roll_out(run: Recording, fused: Iterable[Tensor], discard_ratio: float) -> Scores:
     """Product over blocks of (A + I)/2 with rows that sum to 1, lowest entries of A (B, N, N) dropped."""
-    if not 0 <= discard_ratio < 1:
-        raise ValueError(f"discard_ratio must lie in [0, 1), got {discard_ratio}")
+    if not isinstance(discard_ratio, int | float) or not 0 <= discard_ratio < 1:
+        raise ValueError(f"discard_ratio must lie in [0, 1), got {discard_ratio!r}")
     result = identity(run)
     for maps in fused:
         mixed = (discard_lowest(run, maps, discard_ratio) + identity(run)) / 2

@@ -14,7 +14,7 @@ from .added_constants import precise
 from .engine import LIBRA, Rules
 from .families import Inputs, check_inputs, explains_picture_for_texts
 from .methods import METHODS, check_method, default_rules, reads_of
-from .readout import check_readout, check_target
+from .readout import check_target, checked_readout
 from .recording import MAPS, Recording, Request, record
 from .scores import second_scores
 
@@ -86,6 +86,7 @@ def attribute(
     Raises:
         ValueError: a model, input, target, method or option that doesn't fit; UnsupportedOperation as libra_grad.
     """
+    check_method(method, options)
     methods = {method: options}
     return attribute_many(model, inputs, target, methods, rules, blocks=blocks, start=start, readout=readout)[method]
 
@@ -108,12 +109,16 @@ def attribute_many(
 
     The other arguments and errors are those of `attribute`.
     """
+    if isinstance(methods, str) or not isinstance(methods, Iterable):
+        raise ValueError(f"methods must be names in a list, or a dict of names with options, got {methods!r}")
     methods = methods if isinstance(methods, Mapping) else {name: {} for name in methods}
     for name, options in methods.items():
         check_method(name, options)
+    if rules is not None and not isinstance(rules, Rules):
+        raise ValueError(f"rules must be LIBRA, PLAIN, another preset or Rules(...), got {rules!r}")
     check_inputs(model, inputs)
     check_target(target)
-    check_readout(readout)
+    readout = checked_readout(readout)
     asked = Inputs(inputs, about_picture=explains_picture_for_texts(model))
     names_by_rules: dict[Rules, list[str]] = {}
     for name in methods:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable, Sequence
 from copy import copy
@@ -14,7 +15,7 @@ from tqdm import tqdm
 from .added_constants import ConstantShare
 from .engine import PLAIN
 from .recording import FIRST, Gradients, Recording
-from .scores import Method, Scores, input_times_gradient, reads
+from .scores import Method, Scores, input_times_gradient, reads, whole_number
 
 
 @reads(FIRST, rules=PLAIN)
@@ -69,13 +70,16 @@ def smoothed(method: Method) -> Method:
 
 def along_path(run: Recording, steps: int) -> Recording:
     """The same recording, its gradients averaged along the straight path from zero tokens (midpoint rule)."""
+    steps = whole_number("steps", steps)
     starts = [partial(torch.mul, other=(step + 0.5) / steps) for step in range(steps)]
     return with_mean(run, ("path", steps), starts)
 
 
 def among_neighbours(run: Recording, samples: int, noise: float, seed: int) -> Recording:
     """The same recording, its gradients averaged over tokens with noise."""
-    generator = torch.Generator().manual_seed(seed)
+    samples, generator = whole_number("samples", samples), torch.Generator().manual_seed(whole_number("seed", seed))
+    if not isinstance(noise, int | float) or not 0 <= noise < math.inf:
+        raise ValueError(f"noise is a share of the tokens' range and can't be {noise!r}")
 
     def noisy(h: Tensor) -> Tensor:
         extent = (h.flatten(1).amax(1) - h.flatten(1).amin(1)).view(-1, *[1] * (h.dim() - 1))

@@ -22,6 +22,7 @@ TOKEN_IDS = "input_ids"
 EMBEDDINGS = "inputs_embeds"
 ANSWERS = ("logits", "logits_per_image", "prediction_logits", "pred_logits")
 EMBEDDED = ("image_embeds", "text_embeds", "pooler_output")  # one vector a sample, of a tower without a head
+REMEMBERED = ("past_key_values", "past_key_value", "cache_params", "past_buckets_states", "mems")  # of earlier calls
 STREAM_ARGUMENTS = ("hidden_states", "x", "src", "input", "inputs")
 
 
@@ -107,6 +108,29 @@ class Inputs:
     def replaced(self, name: str, tensor: Tensor) -> Inputs:
         return replace(self, given=tensor if isinstance(self.given, Tensor) else {**self.given, name: tensor})
 
+    def copied(self) -> Tensor | dict[str, Any]:
+        if isinstance(self.given, Tensor):
+            return self.given.clone()
+        return {name: value.clone() if isinstance(value, Tensor) else value for name, value in self.given.items()}
+
+    def settings(self) -> tuple:
+        """All that is given beside the picture and the text, as far as it can be told apart by its values."""
+        if isinstance(self.given, Tensor):
+            return ()
+        explained = [self.words, None if self.picture is None else self.tensors[self.picture]]
+        beside = {name: value for name, value in self.given.items() if not any(value is one for one in explained)}
+        return tuple(
+            (name, value.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
+            if isinstance(value, Tensor)
+            else (name, repr(value))
+            for name, value in sorted(beside.items())
+        )
+
+    def choices(self) -> tuple:
+        """What is given beside tensors: which way the model goes may depend on it."""
+        given = {} if isinstance(self.given, Tensor) else self.given
+        return tuple((name, repr(given[name])) for name in sorted(given) if not isinstance(given[name], Tensor))
+
     def shapes(self) -> tuple:
         return tuple((name, tuple(tensor.shape)) for name, tensor in sorted(self.tensors.items()))
 
@@ -130,7 +154,7 @@ def pairs_pictures_and_texts(model: nn.Module) -> bool:
 
 def call(model: nn.Module, inputs: Inputs, rows: Tensor | None = None) -> Any:
     """The model's answer: its logits, else all that it returns. rows: the positions whose logits are wanted."""
-    given = inputs.given
+    given = inputs.copied()  # the model may change them in place
     with blamed_on_inputs(model, inputs):
         if pairs_pictures_and_texts(model) and isinstance(given, Tensor):
             encode = plain(model).encode_image if inputs.text is None else plain(model).encode_text
@@ -262,8 +286,11 @@ def check_inputs(model: nn.Module, given: Any) -> None:
     name = name_of(model)
     if torch.is_inference_mode_enabled():
         raise ValueError("there are no gradients inside torch.inference_mode(): call from outside of it")
-    if plain(model).training:
-        raise ValueError(f"{name} is in training mode; call model.eval() first")
+    training = [part for part, module in plain(model).named_modules() if module.training and acts_in_training(module)]
+    if plain(model).training or training:
+        raise ValueError(
+            f"{name if plain(model).training else training[0]} is in training mode; call model.eval() first"
+        )
     if not isinstance(given, Tensor | Mapping):
         raise ValueError(
             f"inputs are a {type(given).__name__}: give a tensor, pictures (B, 3, H, W) or token ids (B, T), or a dict "
@@ -276,9 +303,24 @@ def check_inputs(model: nn.Module, given: Any) -> None:
             raise ValueError(f"{label} is empty, {tuple(tensor.shape)}: there is nothing to explain")
         if tensor.is_floating_point() and not tensor.isfinite().all() and "mask" not in argument:
             raise ValueError(f"{label} holds NaN or infinity in {int((~tensor.isfinite()).sum())} places")
+    remembered = [
+        argument for argument in REMEMBERED if not isinstance(given, Tensor) and given.get(argument) is not None
+    ]
+    if remembered:
+        raise ValueError(
+            f"{remembered[0]} among the inputs stands for earlier tokens, which couldn't be explained, and changes "
+            "with every run: leave it out and give the whole text"
+        )
     if not inputs.tensors:
         raise ValueError("inputs hold no tensor: ask the tokenizer or processor for return_tensors='pt'")
+    if inputs.samples == 0:
+        raise ValueError(
+            f"which of the inputs {', '.join(inputs.tensors)} is the text isn't known: give a dictionary with "
+            f"{TOKEN_IDS}, or the token ids alone as one tensor"
+        )
     check_batch(model, inputs)
+    if inputs.mask is not None and not ((inputs.mask == 0) | (inputs.mask == 1)).all():
+        raise ValueError("attention_mask must hold 1 for tokens and 0 for padding; this one holds other numbers")
     if inputs.mask is not None and not inputs.mask.bool().any(1).all():
         row = int((~inputs.mask.bool().any(1)).nonzero()[0])
         raise ValueError(f"attention_mask hides every token of sample {row}: there is nothing to explain")
@@ -290,6 +332,10 @@ def check_inputs(model: nn.Module, given: Any) -> None:
         raise ValueError(
             f"the text holds token id {int(text.max())}, and {name} knows {known}: is it another tokenizer's?"
         )
+
+
+def acts_in_training(module: nn.Module) -> bool:
+    return isinstance(module, nn.modules.batchnorm._BatchNorm | nn.modules.dropout._DropoutNd)
 
 
 def vocabulary(model: nn.Module) -> int | None:

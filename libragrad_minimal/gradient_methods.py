@@ -19,6 +19,7 @@ from .scores import (
     spread,
     tokens_and_gradients,
     whole_layer,
+    whole_number,
 )
 
 
@@ -106,6 +107,8 @@ def sum_of(parts: list) -> Tensor:
 @reads()
 def random_scores(run: Recording, seed: int = 0) -> Scores:
     """Noise, as a floor for every metric. It depends on the sample, not on its place in a batch."""
+
+    seed = whole_number("seed", seed)
 
     def one_sample(h: Tensor) -> Tensor:
         fingerprint = zlib.crc32(h.detach().float().cpu().numpy().tobytes(), seed)

@@ -9,10 +9,11 @@ patches that isn't row by row is read off.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from weakref import WeakKeyDictionary
 
@@ -89,7 +90,7 @@ def first_tokens(model: nn.Module, inputs: Inputs, blocks: tuple[nn.Module, ...]
             raise Reached
 
     hooks = [block.register_forward_pre_hook(enter, with_kwargs=True) for block in set(blocks)]
-    with removed(hooks), torch.no_grad():
+    with removed(hooks), torch.no_grad(), without_nested_tensors():
         try:
             call(model, inputs)
         except Reached:
@@ -97,38 +98,81 @@ def first_tokens(model: nn.Module, inputs: Inputs, blocks: tuple[nn.Module, ...]
     raise ValueError(f"{name_of(model)} ran none of its blocks on this input; name those that run, blocks=[...]")
 
 
+@contextlib.contextmanager
+def without_nested_tensors() -> Iterator[None]:
+    """Inside, nn.TransformerEncoder doesn't leave padding out of its tensors, as it does where there is no graph."""
+    before = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(before)
+
+
 _known: WeakKeyDictionary[nn.Module, dict[tuple, Layout]] = WeakKeyDictionary()
 
 
 def layout_of(model: nn.Module, inputs: Inputs, blocks: tuple[nn.Module, ...], tokens: Tensor) -> Layout:
     """The layout of `tokens`, which entered the first of the blocks. Raises ValueError where it can't be told."""
-    key = (inputs.shapes(), tuple(tokens.shape), id(blocks[0]), picture_positions(model, inputs))
+    key = (inputs.shapes(), tuple(tokens.shape), id(blocks[0]), picture_positions(model, inputs), inputs.settings())
     known = _known.setdefault(plain(model), {})
-    if key in known:
-        return known[key]
 
     def ask(changed: Inputs) -> Tensor:
         return first_tokens(model, changed, blocks)
 
+    if key in known:
+        return known[key]
     if inputs.text is not None:
-        layout = text_layout(inputs, tokens, ask)
+        layout = text_layout(inputs, inputs.text, tokens, ask)
         if inputs.picture is not None or "image_grid_thw" in inputs.tensors:
             layout = with_picture(model, inputs, layout, tokens, ask)
     elif inputs.picture is not None:
         layout = picture_layout(model, inputs, tokens, ask, SURE)
     else:
-        layout = sequence_layout(inputs, tokens)
+        layout = sequence_layout(inputs, tokens, ask)
     if layout.place is None or layout.place.dim() == 1:  # an order of each sample's own may be another next time
         known[key] = layout
     return layout
 
 
+def check_samples(model: nn.Module, inputs: Inputs, axes: Axes, blocks: tuple[nn.Module, ...], tokens: Tensor) -> None:
+    """Raises ValueError where a sample alone makes the tokens that are another's in the batch, sorted perhaps."""
+    count = inputs.samples
+    if count == 1 or not all(len(tensor) == count for tensor in inputs.tensors.values() if tensor.dim()):
+        return
+    rows = axes.arrange(tokens.detach()).flatten(1).double()
+    for i in range(count):
+        one = Inputs(
+            inputs.given[i : i + 1]
+            if isinstance(inputs.given, Tensor)
+            else {k: v[i : i + 1] if isinstance(v, Tensor) and v.dim() else v for k, v in inputs.given.items()},
+            inputs.about_picture,
+        )
+        try:
+            alone = first_tokens(model, one, blocks)
+        except ValueError:  # a model for batches of one size
+            return
+        if alone.numel() != rows[i].numel():
+            return
+        apart = (rows - axes.arrange(alone).flatten(1).double()).norm(dim=1)
+        if apart[i] > 0.01 * rows[i].norm() and apart.min() < 1e-4 * rows[i].norm():
+            raise ValueError(
+                f"{name_of(model)} puts the samples of a batch into another order before its first block (sorts them "
+                "by length?), so scores would be of other samples: explain one at a time"
+            )
+
+
 def picture_positions(model: nn.Module, inputs: Inputs) -> bytes | None:
     """Where in the texts a picture's tokens are, and how many patches it has: what their layout depends on."""
     text, patches = inputs.text, inputs.tensors.get("image_grid_thw")
-    if text is None or text.is_floating_point():
+    if text is None:
         return None
-    where = torch.isin(text, torch.tensor(picture_token_ids(model), device=text.device, dtype=text.dtype))
+    if text.is_floating_point():  # their values tell
+        return None if inputs.picture is None else text.detach().float().cpu().numpy().tobytes()
+    ids = picture_token_ids(model)
+    if inputs.picture is not None and not ids:
+        return text.cpu().numpy().tobytes()
+    where = torch.isin(text, torch.tensor(ids, device=text.device, dtype=text.dtype))
     return where.cpu().numpy().tobytes() + (b"" if patches is None else patches.cpu().numpy().tobytes())
 
 
@@ -164,9 +208,13 @@ def coarsening(fine: tuple[int, ...], coarse: tuple[int, ...]) -> int | None:
 # ---- sequences -------------------------------------------------------------------------------------------------------
 
 
-def sequence_layout(inputs: Inputs, tokens: Tensor) -> Layout:
+def sequence_layout(inputs: Inputs, tokens: Tensor, ask: Callable[[Inputs], Tensor]) -> Layout:
     """Frames of a sound, or tokens that the model is given as they are."""
     why = "scores of a sequence have no grid: use .scores"
+    given = inputs.main
+    if given.dim() > 1 and sorted(given.shape[:2]) == sorted(tokens.shape[:2]):
+        with contextlib.suppress(ValueError):
+            return replace(text_layout(inputs, given, tokens, ask), why_no_grid=why)
     if tokens.shape[0] == inputs.samples:
         return Layout(Axes(0, tuple(range(1, tokens.dim() - 1))), why_no_grid=why)
     if tokens.shape[1] == inputs.samples and tokens.dim() == 3:
@@ -176,19 +224,22 @@ def sequence_layout(inputs: Inputs, tokens: Tensor) -> Layout:
     )
 
 
-def text_layout(inputs: Inputs, tokens: Tensor, ask: Callable[[Inputs], Tensor]) -> Layout:
-    assert inputs.text is not None
-    samples, length = inputs.text.shape[:2]
+def text_layout(inputs: Inputs, text: Tensor, tokens: Tensor, ask: Callable[[Inputs], Tensor]) -> Layout:
+    samples, length = text.shape[:2]
     pairs = itertools.permutations(range(tokens.dim() - 1), 2)
     fitting = [
         Axes(batch, (dim,)) for batch, dim in pairs if (tokens.shape[batch], tokens.shape[dim]) == (samples, length)
     ]
-    if len(fitting) == 1:
-        return Layout(fitting[0])
     if samples == 1 and length == 1:
         return Layout(Axes())
+    for axes in fitting:
+        share = share_in_order(inputs, text, axes, ask)
+        if share == 1:
+            return Layout(axes)
+        if share >= SURE and spelled_positions(inputs, text, axes, ask) is None:  # neighbours have mixed, perhaps
+            return Layout(axes)
     for axes in fitting or [axes for axes in (Axes(0, (1,)), Axes(1, (0,))) if tokens.shape[axes.batch] == samples]:
-        place = spelled_positions(inputs, axes, length, ask)
+        place = spelled_positions(inputs, text, axes, ask)
         if place is not None:
             same = fitting and torch.equal(place, torch.arange(length, device=place.device))
             return Layout(axes) if same else Layout(axes, place)
@@ -198,19 +249,38 @@ def text_layout(inputs: Inputs, tokens: Tensor, ask: Callable[[Inputs], Tensor])
     )
 
 
-def spelled_positions(inputs: Inputs, axes: Axes, length: int, ask: Callable[[Inputs], Tensor]) -> Tensor | None:
-    """Which token shows each position of the text, if there is one for each and the same one in every sample."""
-    text = inputs.text
-    assert text is not None
+def share_in_order(inputs: Inputs, text: Tensor, axes: Axes, ask: Callable[[Inputs], Tensor]) -> float:
+    """How many tokens feel a change of their own position more than one of other positions? Changed are a half of them
+    chosen at random, another one in each sample, then the others; tokens that feel neither can't be asked."""
+    samples, length = text.shape[:2]
+    chosen = torch.rand(samples, length, generator=torch.Generator().manual_seed(0)).argsort(1) < length / 2
+    felt = feeling(inputs, text, axes, ask)
+    try:
+        own, others = felt(chosen.to(text.device)), felt(~chosen.to(text.device))
+    except ValueError:  # a text that holds marks, of pictures perhaps, that can't be changed
+        return 1.0
+    asked = own != others
+    return ((own > others) == chosen.to(own.device))[asked].double().mean().item() if asked.any() else 1.0
+
+
+def feeling(inputs: Inputs, text: Tensor, axes: Axes, ask: Callable[[Inputs], Tensor]) -> Callable[[Tensor], Tensor]:
+    """A function of positions (samples or 1, length): how much each token, (B, N), feels that they are changed."""
     name = next(name for name, tensor in inputs.tensors.items() if tensor is text)
     other = changed_text(text)
-    positions = torch.arange(length, device=text.device)
     base = axes.arrange(ask(inputs))
 
     def felt(mask: Tensor) -> Tensor:
-        where = mask.view(1, -1, *[1] * (text.dim() - 2))
+        where = mask.view(*mask.shape, *[1] * (text.dim() - 2))
         return size(axes.arrange(ask(inputs.replaced(name, text.where(~where, other)))) - base)
 
+    return felt
+
+
+def spelled_positions(inputs: Inputs, text: Tensor, axes: Axes, ask: Callable[[Inputs], Tensor]) -> Tensor | None:
+    """Which token shows each position of the text, if there is one for each and the same one in every sample."""
+    length = text.shape[1]
+    positions = torch.arange(length, device=text.device)[None]
+    felt = feeling(inputs, text, axes, ask)
     everything = felt(torch.ones_like(positions, dtype=torch.bool))
     moved = (everything > 0).all(0).nonzero().flatten()
     if len(moved) != length:
@@ -309,8 +379,13 @@ def picture_layout(model: nn.Module, inputs: Inputs, tokens: Tensor, ask: Callab
             enough = (
                 min(sure, SURE_OF_SPACE) if grid.cells == axes.sizes(tokens) else sure if draws == 1 else sure - 0.15
             )
-            if spells(grid, extent, where, partial(felt, axes, draws=draws), enough):
-                return Layout(axes, where[0] if (where == where[0]).all() else where, grid.cells)
+            right = spells(grid, extent, where, partial(felt, axes, draws=draws), enough)
+            if right == 1 or right and grid.cells == axes.sizes(tokens):
+                return in_rows(axes, where, grid)
+            if right:  # some tokens say otherwise: do they stand in each other's place, or is it that patches overlap?
+                codes = spelled_numbers(grid, extent, where, partial(felt, axes, draws=DRAWS))
+                permuted = all(len(set(row)) == codes.shape[1] for row in codes.tolist())
+                return in_rows(axes, where.gather(1, codes.argsort(1)) if permuted else where, grid)
     exact = [guess for guess in guesses if guess[2].is_exact(extent) and guess[2].cells != guess[0].sizes(tokens)]
     for axes, where, grid in exact[:9]:  # any other order
         for draws in (DRAWS, MORE_DRAWS):
@@ -325,6 +400,10 @@ def picture_layout(model: nn.Module, inputs: Inputs, tokens: Tensor, ask: Callab
         f"of {' x '.join(map(str, extent))} in rows and columns, as changing parts of it shows; explain "
         "libra_grad(output, pixels) instead, or name other blocks, blocks=[...]"
     )
+
+
+def in_rows(axes: Axes, where: Tensor, grid: Grid) -> Layout:
+    return Layout(axes, where[0] if (where == where[0]).all() else where, grid.cells)
 
 
 def spatial_dimensions(pixels: Tensor) -> tuple[int, ...]:
@@ -366,13 +445,16 @@ def possible_grids(model: nn.Module, sizes: tuple[int, ...], cells: int, extent:
                     yield Grid(shape, pixels, shift)
 
 
-def spells(grid: Grid, extent: tuple[int, ...], where: Tensor, felt: Callable[[Tensor], Tensor], sure: float) -> bool:
-    """Do the tokens spell the cells of the grid row by row? Stops at the first digit that too many get wrong."""
-    numbers = grid.numbers().to(where.device)
+def spells(grid: Grid, extent: tuple[int, ...], where: Tensor, felt: Callable[[Tensor], Tensor], sure: float) -> float:
+    """The share of tokens that spell the cells of the grid row by row, at the digit that most get wrong; 0 if those are
+    too many."""
+    numbers, share = grid.numbers().to(where.device), 1.0
     for dim, worth, masks in grid.digits(extent):
-        if (spelled_digit(masks, felt, where) == numbers[:, dim] // worth % BASE).double().mean() < sure:
-            return False
-    return True
+        right = spelled_digit(masks, felt, where) == numbers[:, dim] // worth % BASE
+        share = min(share, right.double().mean().item())
+        if share < sure:
+            return 0.0
+    return share
 
 
 def spelled_digit(masks: list[Tensor], felt: Callable[[Tensor], Tensor], where: Tensor) -> Tensor:

@@ -68,7 +68,7 @@ METHODS |= {f"SmoothGrad {name}": averaged.smoothed(METHODS[name]) for name in A
 
 
 def check_method(method: str, options: Iterable[str]) -> None:
-    if method not in METHODS:
+    if method not in list(METHODS):
         raise ValueError(f"unknown method {method!r}; there are {', '.join(METHODS)}")
     known = list(inspect.signature(METHODS[method]).parameters)[1:]
     unknown = [option for option in options if option not in known]

@@ -37,16 +37,25 @@ def chosen_rows(model: nn.Module, inputs: Inputs, target: Any, readout: Any) -> 
         return last_rows(inputs)
     if readout is None:
         return last_rows(inputs) if generates(model) and not callable(target) else None
-    rows = torch.as_tensor(readout)
-    if rows.is_floating_point() or rows.dtype == torch.bool or rows.dim() > 1:
+    length, padding = inputs.answered.shape[1], inputs.answered_mask
+    if isinstance(readout, Tensor) and readout.dtype == torch.bool:
+        if padding is not None and readout.shape[-1:] == padding.shape[-1:]:
+            covered = (readout.to(padding.device) & ~padding.bool()).any(-1)
+            if covered.any():
+                raise ValueError(
+                    f"the mask of readout covers padding of sample {int(covered.int().argmax())}: give one mask a "
+                    "sample (B, T), without padding"
+                )
         return None
-    length = inputs.answered.shape[1]
+    rows = torch.as_tensor(readout)
+    if rows.dim() > 1:
+        return None
     rows = one_each(rows, inputs.samples).to(inputs.answered.device)
     if rows.min() < -length or rows.max() >= length:
-        raise ValueError(f"readout names row {readout}, and the text has {length} tokens")
-    rows, mask = rows % length, inputs.answered_mask
-    if mask is not None and mask.shape[1] == length:
-        hidden = (~mask.bool().gather(1, rows[:, None])[:, 0]).nonzero().flatten().tolist()
+        return None
+    rows = rows % length
+    if padding is not None and padding.shape[1] == length:
+        hidden = (~padding.bool().gather(1, rows[:, None])[:, 0]).nonzero().flatten().tolist()
         if hidden:
             raise ValueError(f"readout names row {int(rows[hidden[0]])} of sample {hidden[0]}, which is padding")
     return rows
@@ -65,6 +74,25 @@ def kept_rows(model: nn.Module, inputs: Inputs, rows: Tensor | None) -> tuple[Te
     return rows.unique(return_inverse=True)
 
 
+def rows_of_answer(
+    name: str, inputs: Inputs, answer: Any, readout: Any, rows: Tensor, kept: int | None
+) -> Tensor | None:
+    """Positions in the text as rows of the answer; None where those are others (queries, a prompt before the text) and
+    the user's own number counts them."""
+    text, mask = inputs.answered, inputs.answered_mask
+    assert text is not None
+    if not isinstance(answer, Tensor) or answer.dim() != 3 or answer.shape[1] == (kept or text.shape[1]):
+        return rows
+    if readout is not None and not isinstance(readout, str):
+        return None
+    if mask is not None and not mask[:, -1].bool().all():
+        raise ValueError(
+            f"{name} answers with {answer.shape[1]} rows to a text of {text.shape[1]} tokens, so which row belongs to "
+            "the last token before the padding isn't known: pad on the left, or give readout= one row a sample"
+        )
+    return torch.full_like(rows, answer.shape[1] - 1)
+
+
 def explained(model: nn.Module, answer: Any, target: Any, readout: Any, rows: Tensor | None, samples: int) -> Tensor:
     """The numbers to explain (B,), of an answer whose rows are (B, rows, classes). rows: (B,) those that are read."""
     name = name_of(model)
@@ -74,6 +102,7 @@ def explained(model: nn.Module, answer: Any, target: Any, readout: Any, rows: Te
             return checked_output(target(answer), samples)
     if callable(target) and readout is None:
         return checked_output(target(answer), samples)
+    answer = answer if answer.dim() else answer.expand(1)  # squeezed
     if len(answer) != samples:
         raise ValueError(f"{name} answers with {tuple(answer.shape)} to {samples} samples: give a function as target")
     if answer.dim() == 1:
@@ -109,6 +138,8 @@ def one_row(name: str, answer: Tensor, readout: Any, rows: Tensor | None) -> Ten
         return masked_mean(name, answer, readout)
     if answer.dim() > 3:
         if isinstance(readout, Sequence) and len(readout) == answer.dim() - 2 and not isinstance(readout, str):
+            if any(not -size <= place < size for place, size in zip(readout, answer.shape[2:], strict=True)):
+                raise ValueError(f"readout names pixel {tuple(readout)}, and the answer has {tuple(answer.shape[2:])}")
             return answer[(slice(None), slice(None), *readout)]
         raise ValueError(
             f"{name} answers with {tuple(answer.shape)}, one number a class and a pixel: say which pixels, as "
@@ -178,18 +209,20 @@ def chosen_class(answer: Tensor, target: Any) -> Tensor:
     return answer.gather(1, targets.classes(weights, answer))[:, 0]
 
 
-def check_readout(readout: Any) -> None:
-    """What can be said of a readout before the model runs."""
+def checked_readout(readout: Any) -> Any:
+    """What can be said of a readout before the model runs; masks as tensors."""
     if isinstance(readout, str) and readout != "last":
         raise ValueError(f"unknown readout {readout!r}: {CHOICES}")
     if readout is None or isinstance(readout, str):
-        return
+        return readout
     try:
         numbers = torch.as_tensor(readout)
     except (TypeError, ValueError, RuntimeError) as error:
         raise ValueError(f"readout is a {type(readout).__name__}: {CHOICES}") from error
-    if numbers.is_floating_point() or numbers.is_complex() or numbers.numel() == 0:
+    unclear = numbers.is_floating_point() or numbers.is_complex() or numbers.dtype == torch.bool and not numbers.dim()
+    if unclear or numbers.numel() == 0:
         raise ValueError(f"readout holds no row's number and is no mask, {readout!r}: {CHOICES}")
+    return numbers if numbers.dtype == torch.bool else readout
 
 
 def check_target(target: Any) -> None:
@@ -200,8 +233,6 @@ def check_target(target: Any) -> None:
         return
     if isinstance(target, targets.Probability | targets.Against):
         target = target.target
-    if isinstance(target, bool) or isinstance(target, Tensor) and target.dtype == torch.bool:
-        raise ValueError("the target is boolean: give the class's number, or weights as floating-point numbers")
     try:
         number = torch.as_tensor(target)
     except (TypeError, ValueError, RuntimeError) as error:
@@ -209,5 +240,7 @@ def check_target(target: Any) -> None:
             f"the target is a {type(target).__name__}: give a class (an int, or one for each sample), weights of "
             "classes, or a function of the model's answer"
         ) from error
+    if number.dtype == torch.bool:
+        raise ValueError("the target is boolean: give the class's number, or weights as floating-point numbers")
     if number.is_complex() or number.numel() == 0:
         raise ValueError(f"the target holds no class: it is {target!r}")

@@ -7,6 +7,7 @@ the autograd graph between two blocks holds the attention map. What a method doe
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
@@ -22,8 +23,8 @@ from .added_constants import Constant, ConstantShare, catch_shares, catch_tokens
 from .engine import LIBRA, Rules, libra_grad, observed
 from .engine.nodes import OPERANDS, noted, operation_name
 from .families import Inputs, attention_heads, call, name_of
-from .layout import Axes, Layout, coarsening, first_tokens, layer_axes, layout_of
-from .readout import chosen_rows, explained, kept_rows
+from .layout import SURE, Axes, Layout, check_samples, coarsening, first_tokens, layer_axes, layout_of
+from .readout import chosen_rows, explained, kept_rows, rows_of_answer
 from .streams import (
     Streams,
     candidates,
@@ -181,6 +182,11 @@ class Recording:
                 f"{name_of(self.request.model)} has two streams of tokens that attend to each other; methods that read "
                 "attention maps explain one. Use IxG, FullGrad or FullGrad+"
             )
+        if not all(self.in_place):
+            raise ValueError(
+                f"before block {self.in_place.index(False)} tokens are dropped or put into another order, so attention "
+                "maps don't belong to the same tokens: use IxG or FullGrad"
+            )
         stop = {get_gradient_edge(h).node for h in self.stream}
         ends = [get_gradient_edge(h).node for h in self.left]
         found = [find_attention(end, stop - {end}) for end in ends]
@@ -220,6 +226,66 @@ class Recording:
         (gradient,) = torch.autograd.grad(front, self.stream[:1], retain_graph=True, allow_unused=True)
         return 1 if gradient is None or not gradient.any() else None
 
+    @cached_property
+    def in_place(self) -> list[bool]:
+        """L + 1: do these tokens lie as the first ones do? Not after some were dropped, sorted or turned round between
+        two blocks."""
+        found = [True]
+        for layer in range(1, len(self.left)):
+            found.append(found[-1] and self.stays(layer))
+        return [*found, found[-1]]
+
+    def stays(self, layer: int) -> bool:
+        """Whether each token of what a block returned is, in number order, what the next is given of it: asked by the
+        gradient of a part of them, for every digit of their numbers in base two."""
+        before, after = self.left[layer - 1], self.stream[layer]
+        views = [(h.data_ptr(), h.shape, h.stride()) for h in (before, after)]
+        if views[0] == views[1]:
+            return True
+        axes, prefix = layer_axes(self.layout.axes, self.stream[0], before, self.layout.grid), self.prefixes[layer]
+        sizes, coarse = axes.sizes(before), self.axes[layer].sizes(after)
+        if prefix and len(sizes) == 1:
+            sizes, coarse = (sizes[0] - prefix,), (coarse[0] - prefix,)
+        cell = torch.arange(math.prod(coarse))
+        if sizes != coarse:
+            number = self.coarse_cells(sizes, coarse)
+            if number is None:
+                return True  # no relation is known, so none is used
+            cell = number
+        generator = torch.Generator().manual_seed(0)
+        noise = torch.randn(after.shape, generator=generator).to(after)
+        for bit in range((math.prod(coarse) - 1).bit_length()):
+            has = torch.arange(math.prod(coarse)) >> bit & 1 == 1
+            felt = []
+            for chosen in (has, ~has):
+                chosen = nn.functional.pad(chosen, (self.axes[layer].arrange(after).shape[1] - len(chosen), 0))
+                (gradient,) = torch.autograd.grad(
+                    after,
+                    before,
+                    noise * on_tokens(self.axes[layer], chosen, after),
+                    retain_graph=True,
+                    allow_unused=True,
+                )
+                if gradient is None:
+                    return True
+                felt.append(axes.arrange(gradient)[:, -len(cell) :].double().norm(dim=-1))
+            # what is mixed between the blocks (by one that wasn't named, for instance) feels both and can't be asked
+            asked = torch.minimum(*felt) < 1e-6 * torch.maximum(*felt)
+            if ((felt[0] > felt[1]) == has[cell].to(after.device))[asked].double().mean() < SURE:
+                return False
+        return True
+
+    def coarse_cells(self, fine: tuple[int, ...], coarse: tuple[int, ...]) -> Tensor | None:
+        """For each cell of a grid, row by row, the number of that of a coarser grid in which it lies."""
+        grid = self.layout.grid
+        k, m = (None if grid is None else coarsening(grid, sizes) for sizes in (fine, coarse))
+        if grid is None or k is None or m is None or m % k:
+            return None
+        cell = torch.zeros((), dtype=torch.long)
+        for length in grid:
+            cell = cell[..., None] * -(-length // m) + torch.arange(-(-length // k)) // (m // k)
+        return cell.flatten()
+
     def per_head(self, maps: Tensor) -> Tensor:
         samples, tokens = self.valid.shape
         if maps.shape[-2:] != (tokens, tokens) or maps.numel() % (samples * tokens**2):
@@ -254,7 +320,7 @@ class Recording:
         constants = self.constants if CONSTANTS in reads else []
         if MAPS in reads:
             _ = self.reading  # needs the graph, too
-        _ = self.prefixes
+        _ = self.in_place
         wanted = self.stream if LAYERS in reads else self.stream[:1]
         seconds = [self.second] if self.second is not None else []
         tokens_first = self.tokens_first(constants)
@@ -352,6 +418,13 @@ class Recording:
         return used.float() / used.sum(1, keepdim=True).clamp(min=1)
 
 
+def on_tokens(axes: Axes, chosen: Tensor, like: Tensor) -> Tensor:
+    """Values (N,) of tokens, in the order of dimensions of `like`, to be broadcast to it."""
+    sizes = axes.sizes(like)
+    values = chosen.view(1, *sizes, *[1] * (like.dim() - 1 - len(sizes))).to(like)
+    return values.movedim(tuple(range(1 + len(sizes))), (axes.batch, *axes.tokens))
+
+
 @contextlib.contextmanager
 def caught_map_gradients(maps: list[AttentionMap]) -> Iterator[dict[int, Tensor]]:
     """Inside, a backward pass notes the gradient of each attention map, by its number, before any rule cuts it off."""
@@ -411,6 +484,9 @@ def answered(request: Request, residuals: bool) -> Tensor:
     eager = torch.compiler.set_stance("force_eager")
     with torch.no_grad(), eager, unfused(model), observed(residuals=residuals):
         answer = call(model, inputs, kept)
+        if rows is not None:
+            number = None if kept is None else len(kept)
+            rows = rows_of_answer(name_of(model), inputs, answer, request.readout, rows, number)
         with torch.enable_grad():
             return explained(model, answer, request.target, request.readout, rows, inputs.samples)
 
@@ -521,7 +597,7 @@ class Passed:
             return with_argument(self.second[0].clone(), args, kwargs)
 
     def leave(self, block, args, kwargs, result):
-        place = token_place(result)
+        place = token_place(result, argument(block, args, kwargs).shape)
         if place is None:
             raise ValueError(f"{type(block).__name__} returns no tokens; name other blocks, blocks=[...]")
         self.left.append(result if isinstance(result, Tensor) else result[place])
@@ -538,6 +614,8 @@ class Passed:
             inputs = replace(inputs, about_picture=True)
         entrances = self.streams.blocks if self.start is None else (self.start,)
         layout = layout_at(request, inputs, entrances, self.stream[0])
+        if self.changed is None:
+            check_samples(request.model, inputs, layout.axes, entrances, self.stream[0])
         stream = [*self.stream, self.left[-1]]
         axes = [layer_axes(layout.axes, stream[0], h, layout.grid) for h in stream]
         samples, length = layout.axes.arrange(stream[0]).shape[:2]
@@ -609,17 +687,18 @@ def with_argument(given: Tensor, args: tuple, kwargs: dict[str, Any]) -> tuple[t
     return args, {**kwargs, place: given}
 
 
-def token_place(result: Any) -> int | None:
-    """Which part of what a block returned are its tokens."""
+def token_place(result: Any, shape: torch.Size) -> int | None:
+    """Which part of what a block returned are its tokens: the first of the shape that it was given, else the first."""
     parts = result if isinstance(result, tuple | list) else [result]
-    return next((i for i, part in enumerate(parts) if is_stream(part)), None)
+    places = [i for i, part in enumerate(parts) if is_stream(part)]
+    return next((i for i in places if parts[i].shape == shape), places[0] if places else None)
 
 
 def with_tokens(result: Any, tokens: Tensor) -> Any:
     """What a block returned, its tokens replaced."""
     if isinstance(result, Tensor):
         return tokens
-    place = token_place(result)
+    place = token_place(result, tokens.shape)
     return type(result)(tokens if i == place else part for i, part in enumerate(result))
 
 

@@ -5,8 +5,9 @@ A method is a function of a `Recording` (B samples, N tokens, C channels, L bloc
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Iterable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -82,8 +83,18 @@ def shown(run: Recording, layer: int) -> Tensor:
 # ---- layers ----------------------------------------------------------------------------------------------------------
 
 
+def whole_number(option: str, value: Any) -> int:
+    try:
+        if isinstance(value, bool):
+            raise TypeError
+        return operator.index(value)
+    except TypeError as error:
+        raise ValueError(f"{option} must be a whole number, got {value!r}") from error
+
+
 def checked_layer(layer: int, count: int) -> int:
     """The number of a layer that may be counted from the end."""
+    layer = whole_number("layer", layer)
     if not -count <= layer < count:
         raise ValueError(f"there is no layer {layer}: they are numbered 0..{count - 1}, or -{count}..-1 from the end")
     return layer % count
@@ -94,7 +105,11 @@ def chosen_layers(layers: Iterable[int] | None, run: Recording) -> list[int]:
     count = len(run.left)
     if layers is None:
         return list(range(count))
-    numbers = sorted({checked_layer(layer, count) for layer in ([layers] if isinstance(layers, int) else layers)})
+    try:
+        several = list(layers)
+    except TypeError:
+        several = [layers]
+    numbers = sorted({checked_layer(layer, count) for layer in several})
     if not numbers:
         raise ValueError(f"layers is empty: name some of the blocks 0..{count - 1}, or leave it out to sum over all")
     return numbers
@@ -111,6 +126,8 @@ def whole_layer(run: Recording, layer: int) -> int:
 
 def coarser(run: Recording, layer: int) -> int | None:
     """The k for which k x k cells of the picture are one token of this layer; None if no relation is known."""
+    if not run.in_place[layer]:
+        return None
     if run.tokens[layer].shape[:2] == run.valid.shape:
         return 1
     here, prefix = run.axes[layer].sizes(run.stream[layer]), run.prefixes[layer]
@@ -121,9 +138,14 @@ def coarser(run: Recording, layer: int) -> int | None:
 
 def spread(scores: Tensor, run: Recording, layer: int) -> Tensor:
     """Scores of one layer's tokens (B, N_layer) on the tokens of the first, (B, N): a coarse one shares evenly."""
-    if scores.shape == run.valid.shape:
-        return scores
     k = coarser(run, layer)
+    if k == 1 and scores.shape == run.valid.shape:
+        return scores
+    if not run.in_place[layer]:
+        raise ValueError(
+            f"before block {layer} tokens are dropped or put into another order, so scores of its tokens have no place"
+            ": use IxG or FullGrad, which read the first block's"
+        )
     if k is None or run.layout.grid is None:
         here, there = (" x ".join(map(str, run.axes[i].sizes(run.stream[i]))) for i in (layer, 0))
         raise ValueError(

@@ -51,7 +51,8 @@ def find_streams(model: nn.Module, inputs: Inputs, blocks: Iterable[str | nn.Mod
         )
     if len(lists) == 1:
         return Streams(tuple(next(iter(lists.values()))))
-    key = (tuple(inputs.tensors), tuple(id(block) for several in lists.values() for block in several))
+    blocks_in_lists = tuple(id(block) for several in lists.values() for block in several)
+    key = (tuple(inputs.tensors), inputs.choices(), blocks_in_lists)
     known = _found.setdefault(plain(model), {})
     if key not in known:
         known[key] = streams_in_graph(model, inputs, lists)
@@ -200,8 +201,10 @@ def look_round(model: nn.Module, inputs: Inputs, lists: dict[str, list[nn.Module
         return hook
 
     def leave(block, args, result):
-        tensor = next(filter(is_stream, result if isinstance(result, tuple | list) else [result]), None)
-        running.pop().left = None if tensor is None else tensor.grad_fn
+        one = running.pop()
+        several = list(filter(is_stream, result if isinstance(result, tuple | list) else [result]))
+        tensor = next((part for part in several if tuple(part.shape) == one.shape), several[0] if several else None)
+        one.left = None if tensor is None else tensor.grad_fn
 
     hooks = [m.register_forward_hook(embed) for m in plain(model).modules() if isinstance(m, nn.Embedding)]
     hooks += [

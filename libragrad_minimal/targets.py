@@ -21,6 +21,11 @@ class Probability:
     target: int | Tensor  # a class, or (B,) one for each sample
 
     def of(self, logits: Tensor) -> Tensor:
+        if logits.shape[1] == 1:
+            raise ValueError(
+                "among one class its probability is always 1: explain the logit itself, target=0 (that of a sigmoid "
+                "rises with it)"
+            )
         chosen = classes(self.target, logits)
         probabilities = logits.detach().softmax(-1)
         p = probabilities.gather(1, chosen)
@@ -37,8 +42,11 @@ class Against:
 
     def of(self, logits: Tensor) -> Tensor:
         chosen = classes(self.target, logits)
-        if not 1 <= self.others < logits.shape[1]:
-            raise ValueError(f"there are {logits.shape[1]} classes: set against 1..{logits.shape[1] - 1} of them")
+        if type(self.others) is not int or not 1 <= self.others < logits.shape[1]:
+            raise ValueError(
+                f"there are {logits.shape[1]} classes: set against 1..{logits.shape[1] - 1} of them, "
+                f"not {self.others!r}"
+            )
         rivals = logits.detach().scatter(1, chosen, -torch.inf).topk(self.others, dim=1).indices
         return logits.gather(1, chosen)[:, 0] - logits.gather(1, rivals).mean(1)
 
@@ -47,6 +55,8 @@ def classes(target: int | Tensor, logits: Tensor) -> Tensor:
     """(B, 1) a class for each sample of logits (B, classes)."""
     samples, count = logits.shape
     numbers = torch.as_tensor(target, device=logits.device)
+    if numbers.is_floating_point():
+        raise ValueError(f"the class is no whole number: {target!r}")
     if numbers.dim() > 1 or numbers.dim() == 1 and len(numbers) != samples:
         raise ValueError(
             f"need one target class, or one for each of {samples} samples; got shape {tuple(numbers.shape)}"

@@ -7,7 +7,7 @@ import transformers
 from measuring import memory
 from small_models import IDS, PICTURES, TEXT, perturbed
 
-from libragrad_minimal import UnsupportedOperation, attribute, libra_grad
+from libragrad_minimal import Against, Probability, UnsupportedOperation, attribute, libra_grad
 
 
 def picture_model():
@@ -202,3 +202,32 @@ def test_a_refusal_of_the_engines_is_not_blamed_on_the_inputs():
     model.norm = Silent()
     with pytest.raises(UnsupportedOperation, match="^add_ changed a tensor .* inside torch.no_grad"):
         attribute(model, PICTURES, 1)
+
+
+def test_parts_in_training_mode_and_caches_are_refused():
+    model = picture_model()
+    model.head_drop.train()
+    with pytest.raises(ValueError, match="head_drop is in training mode"):
+        attribute(model, PICTURES, 1)
+    text = text_model()
+    cache = text(IDS[:, :4], use_cache=True).past_key_values
+    with pytest.raises(ValueError, match="past_key_values among the inputs.*give the whole text"):
+        attribute(text, {"input_ids": IDS[:, 4:], "past_key_values": cache}, 1)
+    assert cache.get_seq_length() == 4
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (dict(target=[True, False]), "the target is boolean"),
+        (dict(target=Probability(1.5)), "no whole number"),
+        (dict(target=Against(1, 1.5)), "not 1.5"),
+        (dict(target=1, method="FullGrad+", layers="ab"), "layer must be a whole number, got 'a'"),
+        (dict(target=1, method="IG", steps=1.5), "steps must be a whole number"),
+        (dict(target=1, method=["IxG"]), "unknown method"),
+        (dict(target=1, rules="libra"), "rules must be LIBRA"),
+    ],
+)
+def test_slips_of_type(options, message):
+    with pytest.raises(ValueError, match=message):
+        attribute(picture_model(), PICTURES, **options)

@@ -24,7 +24,7 @@ from transformers import (
     ViTMAEModel,
 )
 
-from libragrad_minimal import attribute, libra_grad
+from libragrad_minimal import PLAIN, attribute, libra_grad
 
 
 def tiny_vit(**changes) -> nn.Module:
@@ -271,3 +271,135 @@ def test_pictures_within_texts():
     assert (result.completeness_error < 1e-5 * (1 + result.output.abs())).all()
     with pytest.raises(ValueError, match="no grid"):
         _ = attribute(model, IDS, 7).maps
+
+
+class Arranged(nn.Module):
+    """A text model, or one of rows of numbers, that puts its tokens or its samples into another order first."""
+
+    def __init__(self, arrange, embed, sequence_first=False):
+        super().__init__()
+        self.embed, self.head, self.arrange = embed, nn.Linear(16, 5), arrange
+        self.first = sequence_first
+        self.blocks = nn.ModuleList(
+            nn.TransformerEncoderLayer(16, 2, 24, batch_first=not sequence_first) for _ in range(2)
+        )
+
+    def behind(self, h):
+        h = self.arrange(h)
+        for block in self.blocks:
+            h = block(h)
+        return self.head(h.mean(0 if self.first else 1))
+
+    def forward(self, x):
+        return self.behind(self.embed(x))
+
+
+def by_position(model, x):
+    """Plain input x gradient of the embedding at each position."""
+    h = model.embed(x).detach().requires_grad_()
+    (gradient,) = torch.autograd.grad(model.behind(h)[:, 1].sum(), h)
+    return (h * gradient).sum(-1).detach()
+
+
+@pytest.mark.parametrize(
+    "arrange, x, sequence_first",
+    [
+        (lambda h: h, IDS, False),
+        (lambda h: h.flip(1), IDS, False),
+        (lambda h: h.mT.mT[:, [2, 0, 1, *range(3, 9)]], IDS, False),
+        (lambda h: h.flip(1), torch.randn(2, 6, 4), False),
+        (lambda h: h.transpose(0, 1), torch.randn(6, 6, 4), True),
+    ],
+)
+def test_order_of_texts_and_sequences_is_asked(arrange, x, sequence_first):
+    embed = nn.Linear(4, 16) if x.is_floating_point() else nn.Embedding(200, 16)
+    model = perturbed(Arranged(arrange, embed, sequence_first))
+    torch.testing.assert_close(attribute(model, x, 1, "IxG", PLAIN).scores, by_position(model, x))
+
+
+def test_tokens_and_samples_without_their_place_are_refused():
+    shifted = Arranged(lambda h: torch.cat([torch.ones_like(h[:, :1]), h[:, :-1]], 1), nn.Embedding(200, 16))
+    with pytest.raises(ValueError, match="doesn't tell which is which"):
+        attribute(perturbed(shifted), IDS, 1)
+
+
+class Sorting(nn.Module):
+    """Samples by how bright they are, and back at the end."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = Between(lambda h: h)
+
+    def forward(self, pictures):
+        order = pictures.sum((1, 2, 3)).argsort()
+        return self.inner(pictures[order])[order.argsort()]
+
+
+def test_samples_that_are_sorted_are_refused():
+    model, brighter = perturbed(Sorting()), PICTURES + torch.tensor([0.0, 9.0]).view(2, 1, 1, 1)
+    expected = attribute(model, brighter, 1).scores
+    with pytest.raises(ValueError, match="samples of a batch into another order"):
+        attribute(model, brighter.flip(0), 1)
+    torch.testing.assert_close(attribute(model, brighter[1:], 1).scores, expected[1:], rtol=1e-3, atol=1e-5)
+
+
+class Between(nn.Module):
+    """A ViT that does something to its tokens between the two blocks."""
+
+    def __init__(self, between, order=None):
+        super().__init__()
+        self.embed, self.head, self.between = nn.Conv2d(3, 16, 4, 4), nn.Linear(16, 5), between
+        self.order = torch.arange(64) if order is None else order
+        self.blocks = nn.ModuleList(nn.TransformerEncoderLayer(16, 2, 24, batch_first=True) for _ in range(2))
+
+    def forward(self, pictures):
+        h = self.embed(pictures).flatten(2).mT[:, self.order]
+        return self.head(self.blocks[1](self.between(self.blocks[0](h))).mean(1))
+
+
+@pytest.mark.parametrize("between", [lambda h: h.flip(1), lambda h: h[:, :16], lambda h: h[:, torch.arange(64) ^ 1]])
+def test_tokens_that_change_places_between_blocks(between):
+    model = perturbed(Between(between))
+    for method in ("FullGrad+", "HiResCAM", "LeGrad"):
+        with pytest.raises(ValueError, match="before block 1 tokens are dropped or put into another order"):
+            attribute(model, PICTURES, 1, method)
+    assert attribute(model, PICTURES, 1, "FullGrad").completeness_error.max() < 1e-5
+
+
+def test_what_keeps_tokens_in_place_between_blocks():
+    pooled = lambda h: F.avg_pool2d(h.mT.unflatten(2, (8, 8)), 2).flatten(2).mT  # noqa: E731
+    for between in (lambda h: F.layer_norm(h, (16,)) + 0.1, pooled):
+        assert attribute(perturbed(Between(between)), PICTURES, 1, "HiResCAM").grid == (8, 8)
+
+
+def test_two_patches_in_each_others_place():
+    order = torch.arange(64)
+    order[[3, 50]] = order[[50, 3]]
+    swapped, model = perturbed(Between(lambda h: h, order)), perturbed(Between(lambda h: h))
+    model.load_state_dict(swapped.state_dict())
+    torch.testing.assert_close(
+        attribute(swapped, PICTURES, 1).scores, attribute(model, PICTURES, 1).scores, rtol=1e-3, atol=1e-5
+    )
+
+
+class Given(nn.Module):
+    """The order of its patches is an argument, and the picture is changed in place."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = Between(lambda h: h)
+
+    def forward(self, x, noise=None, turned=False):
+        self.inner.order = (
+            torch.arange(64).flip(0) if turned else torch.arange(64) if noise is None else noise.argsort()
+        )
+        return self.inner(x.sub_(0.5))
+
+
+def test_the_layout_belongs_to_all_that_is_given():
+    model, noise, pictures = perturbed(Given()), torch.rand(64), PICTURES.clone()
+    expected = attribute(model, {"x": pictures, "noise": torch.arange(64.0)}, 1).scores
+    for other in ({"noise": noise}, {"turned": True}, {}):
+        result = attribute(model, {"x": pictures, **other}, 1)
+        torch.testing.assert_close(result.scores, expected, rtol=1e-3, atol=1e-5)
+    assert torch.equal(pictures, PICTURES)

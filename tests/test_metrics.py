@@ -9,6 +9,7 @@ import timm
 import torch
 import transformers
 from sklearn.metrics import average_precision_score
+from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from libragrad_minimal import metrics
@@ -440,3 +441,38 @@ def test_completeness_error_by_hand():
     absolute, relative = metrics.completeness_error(torch.tensor([2.0, -4.0]), torch.tensor([2.5, -4.0]))
     torch.testing.assert_close(absolute, torch.tensor([0.5, 0.0]))
     torch.testing.assert_close(relative, torch.tensor([0.25, 0.0]))
+
+
+class Backwards(nn.Module):
+    """Runs its blocks from the last to the first."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed, self.head = nn.Conv2d(3, 16, 8, 8), nn.Linear(16, 5)
+        self.blocks = nn.ModuleList(nn.TransformerEncoderLayer(16, 2, 24, batch_first=True) for _ in range(2))
+
+    def behind(self, h):
+        for block in reversed(self.blocks):
+            h = block(h)
+        return self.head(h.mean(1))
+
+    def forward(self, pictures):
+        return self.behind(self.embed(pictures).flatten(2).mT)
+
+
+def test_tokens_are_dropped_before_the_block_that_runs_first():
+    model, pictures, keep = Backwards().eval(), torch.randn(1, 3, 32, 32), torch.arange(16)[None] % 3 > 0
+    expected = model.behind(model.embed(pictures).flatten(2).mT[:, keep[0]])
+    torch.testing.assert_close(dropping(model, model)((pictures, keep)), expected)
+
+
+class Numbered(nn.TransformerEncoderLayer):
+    def forward(self, h):
+        return super().forward(h + torch.linspace(-1, 1, h.shape[1])[:, None])
+
+
+def test_blocks_that_number_their_tokens_are_refused():
+    model = Backwards()
+    model.blocks = nn.ModuleList(Numbered(16, 2, 24, batch_first=True) for _ in range(2))
+    with pytest.raises(ValueError, match="by their number"):
+        dropping(model.eval(), model)((torch.randn(1, 3, 32, 32), torch.arange(16)[None] > 3))

@@ -1,5 +1,6 @@
 """Which number of an answer is explained: checked against the model's own answer, and refused where it isn't clear."""
 
+import numpy as np
 import pytest
 import torch
 import transformers
@@ -135,7 +136,7 @@ def test_answers_of_other_shapes(wrapped):
     "build, options, message",
     [
         (masked_language_model, dict(target=3), r"9 rows of 200 numbers.*readout=3.*function"),
-        (masked_language_model, dict(target=3, readout=9), "row 9, and the text has 9 tokens"),
+        (masked_language_model, dict(target=3, readout=9), "row 9, and the answer has 9 rows"),
         (masked_language_model, dict(target=3, readout=torch.zeros(9, dtype=torch.bool)), "mask of readout is empty"),
         (masked_language_model, dict(target=3, readout=torch.ones(8, dtype=torch.bool)), "9 places, and the mask is"),
         (masked_language_model, dict(target=3, readout="cls"), "unknown readout 'cls'.*readout='last'"),
@@ -169,3 +170,39 @@ def test_a_tower_without_a_vector_asks_for_a_function():
     vit = perturbed(transformers.ViTModel(transformers.ViTConfig(**VISION), add_pooling_layer=False))
     with pytest.raises(ValueError, match="no logits but last_hidden_state.*function"):
         attribute(vit, PICTURES, 1)
+
+
+def test_masks_of_rows_come_as_lists_and_arrays_too():
+    """With as many texts as rows, a list of truth values mustn't be taken for a number a sample."""
+    model, texts, mask = masked_language_model(), IDS.repeat(5, 1)[:9], [i in (2, 4) for i in range(9)]
+    expected = model(texts).logits[:, [2, 4], 3].mean(1).detach()
+    for form in (mask, np.array(mask), torch.tensor(mask)):
+        torch.testing.assert_close(attribute(model, texts, 3, "IxG", readout=form).output, expected)
+    padded = {"input_ids": IDS, "attention_mask": (torch.arange(9) < 5) | torch.tensor([[False], [True]])}
+    with pytest.raises(ValueError, match="covers padding of sample 0"):
+        attribute(model, padded, 3, readout=torch.ones(9, dtype=torch.bool))
+
+
+class Prompted(nn.Module):
+    """Three learned tokens before the text, and a row of the answer for each of them as well."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed, self.prompt, self.head = nn.Embedding(200, 16), nn.Parameter(torch.zeros(3, 16)), nn.Linear(16, 5)
+        self.blocks = nn.ModuleList(nn.TransformerEncoderLayer(16, 2, 24, batch_first=True) for _ in range(2))
+
+    def forward(self, input_ids, attention_mask=None):
+        h = torch.cat([self.prompt.expand(len(input_ids), -1, -1), self.embed(input_ids)], 1)
+        for block in self.blocks:
+            h = block(h)
+        return self.head(h)
+
+
+@pytest.mark.parametrize("readout, row", [("last", 11), (-1, 11), (11, 11), (2, 2)])
+def test_rows_before_the_text_count(readout, row):
+    model = perturbed(Prompted())
+    result = attribute(model, IDS, 1, "IxG", readout=readout)
+    torch.testing.assert_close(result.output, model(IDS)[:, row, 1].detach())
+    padded = {"input_ids": IDS, "attention_mask": torch.arange(9).expand(2, -1) < 8}
+    with pytest.raises(ValueError, match="12 rows to a text of 9 tokens"):
+        attribute(model, padded, 1, readout="last")

@@ -311,3 +311,15 @@ def test_recurrent_layers_show_their_gates():
 
     result = attribute(Recurrent().eval(), torch.randn(2, 5, 8), 1)
     assert (result.completeness_error < 1e-5).all()
+
+
+def test_a_heads_bias_lies_on_no_token():
+    """As many classes as tokens: what the head adds is still no token's."""
+    model = perturbed(transformers.BertForSequenceClassification(transformers.BertConfig(**TEXT, num_labels=9)))
+    before = attribute(model, IDS, 1, "FullGrad")
+    with torch.no_grad():
+        model.classifier.bias += 7.0
+    after = attribute(model, IDS, 1, "FullGrad")
+    torch.testing.assert_close(after.scores, before.scores, rtol=1e-3, atol=1e-5)
+    torch.testing.assert_close(after.output, before.output + 7)
+    assert after.completeness_error.max() < 1e-4
