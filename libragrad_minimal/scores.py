@@ -100,15 +100,12 @@ def checked_layer(layer: int, count: int) -> int:
     return layer % count
 
 
-def chosen_layers(layers: Iterable[int] | None, run: Recording) -> list[int]:
+def chosen_layers(layers: Iterable[int] | int | None, run: Recording) -> list[int]:
     """The numbers of the blocks that a sum goes over, in order; all where none are named."""
     count = len(run.left)
     if layers is None:
         return list(range(count))
-    try:
-        several = list(layers)
-    except TypeError:
-        several = [layers]
+    several = layers if isinstance(layers, Iterable) else [layers]
     numbers = sorted({checked_layer(layer, count) for layer in several})
     if not numbers:
         raise ValueError(f"layers is empty: name some of the blocks 0..{count - 1}, or leave it out to sum over all")
