@@ -96,6 +96,13 @@ def test_attribution_that_is_wrong(small_vit, monkeypatch, changes):
     assert judge_attribute(small_vit, number)[""] == "wrong"
 
 
+def test_attribution_that_rounds_isnt_wrong(small_vit, monkeypatch):
+    weight = next(small_vit.model.parameters())
+    altered(monkeypatch, completeness_error=lambda error: error + (weight.dtype == torch.float32))
+    assert judge_attribute(small_vit, [])[""] == "complete"
+    assert weight.dtype == torch.float32
+
+
 def test_map_that_lies_wrong(small_vit, monkeypatch):
     original = sweeping.layout_of
 
