@@ -206,9 +206,7 @@ SMALL: dict[str, Any] = dict(
     **dict.fromkeys("num_experts_per_tok num_experts_per_token moe_k".split(), 2),
     **dict.fromkeys("moe_intermediate_size shared_expert_intermediate_size expert_ffn_hidden_size".split(), 64),
     **dict.fromkeys("n_group num_group num_expert_group topk_group first_k_dense_replace".split(), 1),
-    **dict.fromkeys(
-        "vision_output_dim projector_input_dim projector_output_dim projection_dim d_latents".split(), WIDTH
-    ),
+    **dict.fromkeys("vision_output_dim projector_input_dim projector_output_dim projection_dim".split(), WIDTH),
     vocab_size=WORDS,
     vocab_size_per_layer_input=WORDS,
     hidden_size_per_layer_input=16,
@@ -229,6 +227,7 @@ SMALL: dict[str, Any] = dict(
     num_self_attends_per_block=LAYERS,
     encoder_hash_byte_group_vocab=WORDS,
     base_channels=32,
+    d_latents=WIDTH,
     coordinate_size=10,  # of layouts: four of these and two of the next are the width
     shape_size=12,
     axial_pos_embds_dim=(16, WIDTH - 16),
@@ -472,26 +471,20 @@ def pictures_in_texts(model: nn.Module, config: Any) -> Made:
     grid = torch.tensor([[1, 2 * side, 2 * side]])
     one = pixels(config)
     size = torch.tensor([one.shape[-2:]])
+    places = torch.cartesian_prod(torch.arange(6), torch.arange(6))[None]
     flat_patches = torch.randn(4 * side**2, flat)
     tiles_of_one = {"pixel_values": one[:, None].expand(1, 2, -1, -1, -1), "image_sizes": size}
     ways: list[dict[str, Any]] = [
         {"pixel_values": flat_patches, "image_grid_thw": grid},
         {"pixel_values": torch.randn(4 * side**2, 3, patch, patch), "image_grid_thw": grid},
-        {
-            "pixel_values": torch.randn(4 * side**2, flat),
-            "image_grid_thw": grid,
-            "image_merge_sizes": torch.tensor([side]),
-        },
+        {"pixel_values": flat_patches, "image_grid_thw": grid, "image_merge_sizes": torch.tensor([side])},
         {"pixel_values": one},
         {"pixel_values": one, "image_sizes": size},
         {"pixel_values": one[:, None]},
         tiles_of_one,
         tiles_of_one | {"batch_num_images": torch.tensor([1])},
         patches(config),
-        {
-            "pixel_values": torch.randn(1, 36, flat),
-            "image_position_ids": torch.cartesian_prod(*[torch.arange(6)] * 2)[None],
-        },
+        {"pixel_values": torch.randn(1, 36, flat), "image_position_ids": places},
         {"pixel_values": torch.randn(1, 3, patch, 16 * patch), "target_sizes": torch.tensor([[4, 4]])},
         {"pixel_values": flat_patches, "image_grid_hw": grid[:, 1:]},
     ]
@@ -527,9 +520,8 @@ def pictures_in_texts(model: nn.Module, config: Any) -> Made:
 
 def features_of(model: Any) -> Any:
     """The model's function that makes tokens of a picture; None where it has none."""
-    return getattr(model, "get_image_features", None) or getattr(
-        getattr(model, "model", None), "get_image_features", None
-    )
+    parts = (model, getattr(model, "model", None))
+    return next((part.get_image_features for part in parts if hasattr(part, "get_image_features")), None)
 
 
 def number_of_tokens(model: Any, way: dict[str, Any]) -> list[int]:
