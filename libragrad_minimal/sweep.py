@@ -166,13 +166,11 @@ def judge_attribute(case: Case, number: list[Tensor]) -> dict[str, Any]:
         result = attribute(case.model, case.inputs, case.target, readout=case.readout)
     error = relative_error(result)
     said = next((str(w.message) for w in told if "is not complete" in str(w.message)), "")
-    scale = float(result.scores.abs().sum() / result.output.abs().sum().clamp(min=1e-12))
-    rounding = 100 * torch.finfo(torch.float32).eps * scale  # scores that cancel
-    if not error < max(SURE, rounding) and not said:  # so may constants
+    if not error < SURE and not said:  # is it rounding, of scores that cancel?
         with in_double(case) as double:
             error = relative_error(attribute(double.model, double.inputs, double.target, readout=double.readout))
     row = {"": COMPLETE, "_error": f"{error:.1e}", "_grid": " x ".join(map(str, result.grid or ()))}
-    if not error < max(SURE, rounding):
+    if not error < SURE:
         row |= {"": INCOMPLETE if said else WRONG, "_detail": said or "incomplete, and doesn't say so"}
     if not result.scores.isfinite().all():
         row |= {"": WRONG, "_detail": "scores that aren't finite"}
