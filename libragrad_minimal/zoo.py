@@ -278,7 +278,7 @@ def transformers_case(name: str) -> Case:
         except Exception as error:
             failures.append(f"can't be made: {type(error).__name__}: {error}")
             continue
-        if size > 70e6:
+        if size > 130e6:
             failures.append(f"still has {size / 1e6:.0f} million parameters")
             continue
         model = perturbed(model_class(config))
@@ -303,11 +303,10 @@ def small_config(default: Any, pictures: bool, filled: bool = False) -> Any:
     """The configuration with two layers of width 64, and so those that are part of it. filled: with less of None."""
     config_class = type(default)
     usual = vars(config_class())
-    changes: dict[str, Any] = {
-        name: value for name, value in vars(default).items() if name[0] != "_" and usual.get(name) != value
-    }
+    said = {name: value for name, value in vars(default).items() if name[0] != "_" and not is_config(value)}
+    changes: dict[str, Any] = {name: value for name, value in said.items() if usual.get(name) != value}
     for name, value in vars(default).items():
-        if hasattr(value, "to_dict") and not isinstance(value, type):
+        if is_config(value):
             changes[name] = small_config(value, pictures, filled)
         elif value is None and filled and name in FILLED:
             changes[name] = FILLED[name]
@@ -316,7 +315,7 @@ def small_config(default: Any, pictures: bool, filled: bool = False) -> Any:
         elif name in ("layer_types", "mlp_layer_types", "layers_block_type") and isinstance(value, list | tuple):
             changes[name] = one_of_each(value)
         elif name == "rope_parameters" and isinstance(value, dict) and "rope_type" in value:
-            changes[name] = small_rope(value, pictures)
+            changes[name] = small_rope(value, pictures, filled)
         elif name == "num_heads" and isinstance(value, list | tuple) and hasattr(default, "embed_dim"):
             changes[name] = [NUMBER_OF_HEADS] * len(value)
         elif name == "vision_feature_layers" or name == "vision_feature_layer" and isinstance(value, list | tuple):
@@ -336,6 +335,10 @@ def small_config(default: Any, pictures: bool, filled: bool = False) -> Any:
         with suppress(Exception):
             setattr(default, name, value)
     return default
+
+
+def is_config(value: Any) -> bool:
+    return hasattr(value, "to_dict") and not isinstance(value, type)
 
 
 def fitting(default: Any, changes: dict[str, Any]) -> dict[str, Any]:
@@ -359,13 +362,12 @@ def alike(value: Any, small: Any) -> bool:
     return isinstance(value, list | tuple) if isinstance(small, tuple) else isinstance(value, type(small))
 
 
-def small_rope(rope: dict[str, Any], pictures: bool) -> dict[str, Any]:
+def small_rope(rope: dict[str, Any], pictures: bool, filled: bool) -> dict[str, Any]:
     """With a base, and with time, height and width sharing the rotated half of a head."""
     half = int(SMALL["head_dim"] * rope.get("partial_rotary_factor", 1)) // 2
     third = 3 * half // 8
     section = [half - 2 * third, third, third]
-    known = rope.get("mrope_section") or section
-    if known[0] == known[1]:  # height and width come first
+    if filled:  # height and width may come first
         section.reverse()
     shares = {"mrope_section": section} if pictures or "mrope_section" in rope else {}
     return rope | {"rope_theta": rope.get("rope_theta") or 1e4} | shares
@@ -485,12 +487,13 @@ def pictures_in_texts(model: nn.Module, config: Any) -> Made:
         tiles_of_one | {"batch_num_images": torch.tensor([1])},
         patches(config),
         {"pixel_values": torch.randn(1, 36, flat), "image_position_ids": places},
+        {"pixel_values": torch.randn(1, 36, flat)},
         {"pixel_values": torch.randn(1, 3, patch, 16 * patch), "target_sizes": torch.tensor([[4, 4]])},
         {"pixel_values": flat_patches, "image_grid_hw": grid[:, 1:]},
     ]
     known = inspect.signature(model.forward).parameters
     if "high_res_pixel_values" in known:
-        ways.append({"pixel_values": one, "high_res_pixel_values": one.repeat(1, 1, 4, 4)})
+        ways += [{"pixel_values": one, "high_res_pixel_values": one.repeat(1, 1, n, n)} for n in (1, 4)]
     for way in ways:
         if "qformer_input_ids" in known:
             way["qformer_input_ids"] = words(4, 1)

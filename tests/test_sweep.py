@@ -56,6 +56,25 @@ def test_every_name_of_the_sample_is_registered():
         assert set(names) <= set(registered(library))
 
 
+def test_parts_of_a_configuration_keep_what_the_whole_says():
+    from transformers import DetrConfig, RTDetrConfig
+
+    for config in (DetrConfig(), RTDetrConfig()):
+        small = zoo.small_config(config, pictures=False)
+        assert (small.d_model, small.encoder_layers) == (zoo.WIDTH, zoo.LAYERS)
+        said, kept = config.backbone_config, small.backbone_config
+        assert (kept.out_indices, kept.model_type) == (said.out_indices, said.model_type)
+        assert getattr(kept, "backbone", None) == getattr(said, "backbone", None)
+
+
+def test_filled_configurations_have_less_of_none():
+    from transformers import GPT2Config
+
+    assert GPT2Config().n_inner is None
+    assert zoo.small_config(GPT2Config(), pictures=False).n_inner is None
+    assert zoo.small_config(GPT2Config(), pictures=False, filled=True).n_inner == zoo.SMALL["n_inner"]
+
+
 # ---- does it find what is wrong? -------------------------------------------------------------------------------------
 
 
