@@ -342,7 +342,7 @@ def is_config(value: Any) -> bool:
 
 
 def fitting(default: Any, changes: dict[str, Any]) -> dict[str, Any]:
-    """What follows from others: the heads of latent attention, inner widths that are a multiple of the width."""
+    """What follows from others: heads of latent attention, inner widths, layers that are read from."""
     follows: dict[str, Any] = {}
     if "qk_rope_head_dim" in changes and "head_dim" in changes:
         follows["head_dim"] = changes["qk_rope_head_dim"]
@@ -352,6 +352,12 @@ def fitting(default: Any, changes: dict[str, Any]) -> dict[str, Any]:
         follows["attention_hidden_size"] = WIDTH * default.attention_hidden_size // default.hidden_size
     if "expand" in vars(default) and {"num_heads", "head_dim"} <= set(changes):
         follows["num_heads"] = int(WIDTH * default.expand) // SMALL["head_dim"]
+    for name in ("out_indices", "backbone_out_indices"):  # layers whose tokens a neck reads
+        read = getattr(default, name, None) or ()
+        if len(read) > 1:
+            follows[name] = list(read)
+            if "num_hidden_layers" in changes:
+                follows["num_hidden_layers"] = max(LAYERS, *(index + 1 for index in read))
     return follows
 
 
