@@ -239,7 +239,6 @@ FILLED: dict[str, Any] = {name: value for name, value in SMALL.items() if is_num
     mlp_layer_types=["dense", "sparse"],
     sliding_window=8,
     default_language="en_XX",
-    is_decoder=True,
     backbone="resnet18",
 )
 NEEDED = {name for name in SMALL if name.endswith("token_id")} | {  # also where the default is None
@@ -310,6 +309,8 @@ def small_config(default: Any, pictures: bool, filled: bool = False) -> Any:
             changes[name] = small_config(value, pictures, filled)
         elif value is None and filled and name in FILLED:
             changes[name] = FILLED[name]
+        elif value is None and filled and name == "vision_config" and name in config_class.sub_configs:
+            changes[name] = small_config(config_class.sub_configs[name](), pictures, filled)
         elif name in SMALL and (alike(value, SMALL[name]) or value is None and name in NEEDED):
             changes[name] = SMALL[name]
         elif name in ("layer_types", "mlp_layer_types", "layers_block_type") and isinstance(value, list | tuple):
