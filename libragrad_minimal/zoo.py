@@ -237,6 +237,7 @@ SMALL: dict[str, Any] = dict(
 FILLED: dict[str, Any] = {name: value for name, value in SMALL.items() if is_number(value)} | dict(
     layer_types=["full_attention"] * LAYERS,
     mlp_layer_types=["dense", "sparse"],
+    n_shared_experts=1,
     sliding_window=8,
     default_language="en_XX",
     backbone="resnet18",
@@ -485,10 +486,10 @@ def pictures_in_texts(model: nn.Module, config: Any) -> Made:
     tiles_of_one = {"pixel_values": one[:, None].expand(1, 2, -1, -1, -1), "image_sizes": size}
     ways: list[dict[str, Any]] = [
         {"pixel_values": flat_patches, "image_grid_thw": grid},
-        {"pixel_values": torch.randn(4 * side**2, 3, patch, patch), "image_grid_thw": grid},
         {"pixel_values": flat_patches, "image_grid_thw": grid, "image_merge_sizes": torch.tensor([side])},
         {"pixel_values": one},
         {"pixel_values": one, "image_sizes": size},
+        {"pixel_values": torch.randn(4 * side**2, 3, patch, patch), "image_grid_thw": grid},
         {"pixel_values": one[:, None]},
         tiles_of_one,
         tiles_of_one | {"batch_num_images": torch.tensor([1])},
@@ -541,7 +542,10 @@ def number_of_tokens(model: Any, way: dict[str, Any]) -> list[int]:
             features = features_of(model)(**way)
     except Exception:  # it can't take a picture in this way; the next may be its own
         return []
-    features = getattr(features, "pooler_output", features)
+    for name in ("pooler_output", "last_hidden_state"):
+        if isinstance(getattr(features, name, None), Tensor | list | tuple):
+            features = getattr(features, name)
+            break
     parts = features if isinstance(features, list | tuple) else [features]
     return list(dict.fromkeys([sum(part.shape[:-1].numel() for part in parts if isinstance(part, Tensor))]))
 
