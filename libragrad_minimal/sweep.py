@@ -16,8 +16,8 @@ import sys
 import time
 import warnings
 from collections import Counter
-from collections.abc import Iterable, Sequence
-from contextlib import suppress
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
@@ -27,7 +27,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from .attribution import attribute
+from .attribution import Attribution, attribute
 from .engine import UnsupportedOperation, additive_constants, libra_grad, observed
 from .families import Inputs, call, explains_picture_for_texts
 from .files import only_one, whole_file
@@ -79,13 +79,8 @@ def judge_engine(case: Case, number: list[Tensor]) -> dict[str, Any]:
     output, error = incompleteness(case)
     number.append(output)
     if not error < SURE:  # is it rounding?
-        double = Case(
-            case.kind, case.model.double(), in_precision(case.inputs, torch.float64), case.target, case.readout
-        )
-        try:
+        with in_double(case) as double:
             error = incompleteness(double)[1]
-        finally:
-            case.model.float()
     return {"": COMPLETE if error < SURE else WRONG, "_error": f"{error:.1e}"}
 
 
@@ -149,6 +144,16 @@ def answer_type(answer: Any) -> torch.dtype:
     return answer.dtype if isinstance(answer, Tensor) else torch.get_default_dtype()
 
 
+@contextmanager
+def in_double(case: Case) -> Iterator[Case]:
+    """The case in double precision, in which what is left of an error isn't rounding."""
+    target = in_precision(case.target, torch.float64) if isinstance(case.target, Tensor) else case.target
+    try:
+        yield replace(case, model=case.model.double(), inputs=in_precision(case.inputs, torch.float64), target=target)
+    finally:
+        case.model.float()
+
+
 def in_precision(inputs: Any, dtype: torch.dtype) -> Any:
     if isinstance(inputs, Tensor):
         return inputs.to(dtype) if inputs.is_floating_point() else inputs
@@ -160,12 +165,13 @@ def judge_attribute(case: Case, number: list[Tensor]) -> dict[str, Any]:
     with warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("always")
         result = attribute(case.model, case.inputs, case.target, readout=case.readout)
-    error = float((result.completeness_error / result.output.abs().clamp(min=1e-12)).max())
+    error = relative_error(result)
     said = next((str(w.message) for w in told if "is not complete" in str(w.message)), "")
-    scale = float(result.scores.abs().sum() / result.output.abs().sum().clamp(min=1e-12))
-    rounding = 100 * torch.finfo(torch.float32).eps * scale  # scores that cancel
+    if not error < SURE and not said:  # is it rounding, of scores that cancel?
+        with in_double(case) as double:
+            error = relative_error(attribute(double.model, double.inputs, double.target, readout=double.readout))
     row = {"": COMPLETE, "_error": f"{error:.1e}", "_grid": " x ".join(map(str, result.grid or ()))}
-    if not error < max(SURE, rounding):
+    if not error < SURE:
         row |= {"": INCOMPLETE if said else WRONG, "_detail": said or "incomplete, and doesn't say so"}
     if not result.scores.isfinite().all():
         row |= {"": WRONG, "_detail": "scores that aren't finite"}
@@ -174,6 +180,10 @@ def judge_attribute(case: Case, number: list[Tensor]) -> dict[str, Any]:
     if result.grid is not None and (fault := misplaced(case)):
         row |= {"": WRONG, "_detail": fault}
     return row
+
+
+def relative_error(result: Attribution) -> float:
+    return float((result.completeness_error / result.output.abs().clamp(min=1e-12)).max())
 
 
 def misplaced(case: Case) -> str:

@@ -30,6 +30,7 @@ LARGE = re.compile(
     r"giant|huge|large|enormous|gigantic|so\d+m|_7b|_[123]b|base|medium|_x?l(_|$)|_x?b(_|$)|\d{3}m|384|512"
 )
 MOST_PARAMETERS = 250e6
+LARGEST_PICTURE, SMALLER_PICTURE = 512, 384  # for timm's models, where another size can be chosen
 NOTHING_MIXED = "has no attention, mixer or gated MLP: it isn't asked for"
 
 
@@ -140,6 +141,10 @@ def timm_case(name: str) -> Case:
             return torch.inf
 
     shapes: list[dict[str, Any]] = [{}, {"depth": 2}, {"num_blocks": 2}, {"depths": (2, 2, 2, 2)}]
+    expected = timm.get_pretrained_cfg(name).input_size
+    if max(expected) > LARGEST_PICTURE and size(img_size=SMALLER_PICTURE) < torch.inf:
+        expected = (3, SMALLER_PICTURE, SMALLER_PICTURE)
+        shapes = [shape | {"img_size": SMALLER_PICTURE} for shape in shapes]
     sizes = [size(**shape) for shape in shapes]
     if min(sizes) > MOST_PARAMETERS and sizes[0] is not torch.inf:
         raise NotBuilt(f"has {min(sizes) / 1e6:.0f} million parameters")
@@ -147,8 +152,7 @@ def timm_case(name: str) -> Case:
     kind = kind_of(model)
     if kind == "convolutions":
         raise NotBuilt(NOTHING_MIXED)
-    pixels = torch.randn(1, *model.default_cfg["input_size"])
-    return asked(kind, model, pixels)
+    return asked(kind, model, torch.randn(1, *expected))
 
 
 def kind_of(model: nn.Module) -> str:
@@ -160,6 +164,11 @@ def kind_of(model: nn.Module) -> str:
 
 
 # ---- transformers ----------------------------------------------------------------------------------------------------
+
+
+def is_number(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
 
 HEADS = {  # kind -> the registry of heads
     "decoder": "CAUSAL_LM",
@@ -194,9 +203,10 @@ SMALL: dict[str, Any] = dict(
     **dict.fromkeys("q_lora_rank d_head attention_head_size".split(), 16),
     **dict.fromkeys("qk_rope_head_dim qk_nope_head_dim".split(), 8),
     **dict.fromkeys("num_experts num_local_experts n_routed_experts".split(), 4),
-    **dict.fromkeys("num_experts_per_tok moe_k".split(), 2),
+    **dict.fromkeys("num_experts_per_tok num_experts_per_token moe_k".split(), 2),
     **dict.fromkeys("moe_intermediate_size shared_expert_intermediate_size expert_ffn_hidden_size".split(), 64),
-    **dict.fromkeys("n_group topk_group first_k_dense_replace".split(), 1),
+    **dict.fromkeys("n_group num_group num_expert_group topk_group first_k_dense_replace".split(), 1),
+    **dict.fromkeys("vision_output_dim projector_input_dim projector_output_dim projection_dim".split(), WIDTH),
     vocab_size=WORDS,
     vocab_size_per_layer_input=WORDS,
     hidden_size_per_layer_input=16,
@@ -214,6 +224,23 @@ SMALL: dict[str, Any] = dict(
     attn_layer_period=2,
     attn_layer_offset=1,
     num_kv_shared_layers=0,
+    num_self_attends_per_block=LAYERS,
+    encoder_hash_byte_group_vocab=WORDS,
+    base_channels=32,
+    d_latents=WIDTH,
+    coordinate_size=10,  # of layouts: four of these and two of the next are the width
+    shape_size=12,
+    axial_pos_embds_dim=(16, WIDTH - 16),
+    projector_patch_to_query_dict={16: 4},
+)
+# Where a configuration says None and its model can't be made so: what its models have.
+FILLED: dict[str, Any] = {name: value for name, value in SMALL.items() if is_number(value)} | dict(
+    layer_types=["full_attention"] * LAYERS,
+    mlp_layer_types=["dense", "sparse"],
+    n_shared_experts=1,
+    sliding_window=8,
+    default_language="en_XX",
+    backbone="resnet18",
 )
 NEEDED = {name for name in SMALL if name.endswith("token_id")} | {  # also where the default is None
     *"vocab_size num_key_value_heads num_experts_per_tok n_group topk_group".split()
@@ -240,54 +267,68 @@ def transformers_case(name: str) -> Case:
     import transformers
 
     kind, model_type, class_name = transformers_heads()[name]
-    try:
-        model_class = getattr(transformers, class_name)
-        config = small_config(transformers.CONFIG_MAPPING[model_type], kind in ("vision-language", "pair", "video"))
-        if kind == "decoder" and not isinstance(config, getattr(model_class, "config_class", None) or type(config)):
-            config = config.get_text_config()
-        with torch.device("meta"):
-            size = sum(p.numel() for p in model_class(config).parameters())
-    except Exception as error:
-        raise NotBuilt(f"can't be made: {type(error).__name__}: {error}") from error
-    if size > 60e6:
-        raise NotBuilt(f"still has {size / 1e6:.0f} million parameters")
-    model = perturbed(model_class(config))
     failures = []
-    for inputs in INPUTS[kind](model, config):
+    for filled in (False, True):
         try:
-            return asked(kind, model, inputs)
-        except NotBuilt:
-            raise
-        except Exception as error:  # these inputs don't fit; the next may
-            failures.append(f"{type(error).__name__}: {error}")
-    raise NotBuilt(f"runs on none of the inputs made for it: {failures[0] if failures else 'there are none'}")
+            model_class = getattr(transformers, class_name)
+            default = transformers.CONFIG_MAPPING[model_type]()
+            config = part_for(model_class, small_config(default, kind in ("vision-language", "pair", "video"), filled))
+            with torch.device("meta"):
+                size = sum(p.numel() for p in model_class(config).parameters())
+        except Exception as error:
+            failures.append(f"can't be made: {type(error).__name__}: {error}")
+            continue
+        if size > 130e6:
+            failures.append(f"still has {size / 1e6:.0f} million parameters")
+            continue
+        model = perturbed(model_class(config))
+        for inputs in INPUTS[kind](model, config):
+            try:
+                return asked(kind, model, inputs)
+            except NotBuilt:
+                raise
+            except Exception as error:  # these inputs don't fit; the next may
+                failures.append(f"runs on none of the inputs made for it: {type(error).__name__}: {error}")
+    raise NotBuilt(failures[0])
 
 
-def small_config(config_class: type, pictures: bool) -> Any:
-    """A configuration with two layers of width 64, and so those that are part of it."""
-    default = config_class()
-    changes: dict[str, Any] = {}
+def part_for(model_class: Any, config: Any) -> Any:
+    """The configuration, or the part of it that the class is made of."""
+    wanted = getattr(model_class, "config_class", None) or type(config)
+    parts = [part for part in vars(config).values() if isinstance(part, wanted)]
+    return config if isinstance(config, wanted) or not parts else parts[0]
+
+
+def small_config(default: Any, pictures: bool, filled: bool = False) -> Any:
+    """The configuration with two layers of width 64, and so those that are part of it. filled: with less of None."""
+    config_class = type(default)
+    usual = vars(config_class())
+    said = {name: value for name, value in vars(default).items() if name[0] != "_" and not is_config(value)}
+    changes: dict[str, Any] = {name: value for name, value in said.items() if usual.get(name) != value}
     for name, value in vars(default).items():
-        if hasattr(value, "to_dict") and not isinstance(value, type):
-            changes[name] = small_config(type(value), pictures)
-        elif name in SMALL and (is_number(value) or value is None and name in NEEDED):
+        if is_config(value):
+            changes[name] = small_config(value, pictures, filled)
+        elif value is None and filled and name in FILLED:
+            changes[name] = FILLED[name]
+        elif value is None and filled and name == "vision_config" and name in config_class.sub_configs:
+            changes[name] = small_config(config_class.sub_configs[name](), pictures, filled)
+        elif name in SMALL and (alike(value, SMALL[name]) or value is None and name in NEEDED):
             changes[name] = SMALL[name]
         elif name in ("layer_types", "mlp_layer_types", "layers_block_type") and isinstance(value, list | tuple):
             changes[name] = one_of_each(value)
         elif name == "rope_parameters" and isinstance(value, dict) and "rope_type" in value:
-            changes[name] = small_rope(value, pictures)
+            changes[name] = small_rope(value, pictures, filled)
         elif name == "num_heads" and isinstance(value, list | tuple) and hasattr(default, "embed_dim"):
             changes[name] = [NUMBER_OF_HEADS] * len(value)
-        elif name == "vision_feature_layers":
+        elif name == "vision_feature_layers" or name == "vision_feature_layer" and isinstance(value, list | tuple):
             changes[name] = [-1, -2]
-        elif pictures and name in SMALL_VISION and value is not None:
-            changes[name] = SMALL_VISION[name] if is_number(value) else [SMALL_VISION[name]] * 2
+        elif pictures and name in SMALL_VISION and (is_number(value) or isinstance(value, list | tuple)):
+            changes[name] = SMALL_VISION[name] if is_number(value) else [SMALL_VISION[name]] * len(value)
         elif name == "image_grid_pinpoints" and pictures:
             changes[name] = [[PICTURE_SIZE, PICTURE_SIZE]]
         elif re.fullmatch(r"(image|video|audio)_token_(id|index)", name):
             changes[name] = PLACEHOLDER if name.startswith("image") else PLACEHOLDER - 1 - len(name) % 5
-    if "qk_rope_head_dim" in changes:
-        changes.pop("head_dim", None)  # derived from it
+    changes |= fitting(default, changes)
     without = {name: value for name, value in changes.items() if name != "num_key_value_heads"}
     for some in (changes, without):
         with suppress(Exception):  # one that checks what belongs together
@@ -298,16 +339,46 @@ def small_config(config_class: type, pictures: bool) -> Any:
     return default
 
 
-def small_rope(rope: dict[str, Any], pictures: bool) -> dict[str, Any]:
+def is_config(value: Any) -> bool:
+    return hasattr(value, "to_dict") and not isinstance(value, type)
+
+
+def fitting(default: Any, changes: dict[str, Any]) -> dict[str, Any]:
+    """What follows from others: heads of latent attention, inner widths, layers that are read from."""
+    follows: dict[str, Any] = {}
+    if "qk_rope_head_dim" in changes and "head_dim" in changes:
+        follows["head_dim"] = changes["qk_rope_head_dim"]
+    if "kv_lora_rank" in changes and "num_key_value_heads" in changes:
+        follows["num_key_value_heads"] = NUMBER_OF_HEADS
+    if "attention_hidden_size" in changes and "hidden_size" in changes:
+        follows["attention_hidden_size"] = WIDTH * default.attention_hidden_size // default.hidden_size
+    if "expand" in vars(default) and {"num_heads", "head_dim"} <= set(changes):
+        follows["num_heads"] = int(WIDTH * default.expand) // SMALL["head_dim"]
+    for name in ("out_indices", "backbone_out_indices"):  # layers whose tokens a neck reads
+        read = getattr(default, name, None) or ()
+        if len(read) > 1:
+            follows[name] = list(read)
+            if "num_hidden_layers" in changes:
+                follows["num_hidden_layers"] = max(LAYERS, *(index + 1 for index in read))
+    return follows
+
+
+def alike(value: Any, small: Any) -> bool:
+    """Could the small value stand there?"""
+    if is_number(small):
+        return is_number(value)
+    return isinstance(value, list | tuple) if isinstance(small, tuple) else isinstance(value, type(small))
+
+
+def small_rope(rope: dict[str, Any], pictures: bool, filled: bool) -> dict[str, Any]:
     """With a base, and with time, height and width sharing the rotated half of a head."""
     half = int(SMALL["head_dim"] * rope.get("partial_rotary_factor", 1)) // 2
     third = 3 * half // 8
-    shares = {"mrope_section": [half - 2 * third, third, third]} if pictures or "mrope_section" in rope else {}
+    section = [half - 2 * third, third, third]
+    if filled:  # height and width may come first
+        section.reverse()
+    shares = {"mrope_section": section} if pictures or "mrope_section" in rope else {}
     return rope | {"rope_theta": rope.get("rope_theta") or 1e4} | shares
-
-
-def is_number(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
 
 
 def one_of_each(kinds: Any) -> list:
@@ -338,7 +409,9 @@ def text_inputs(model: nn.Module, config: Any) -> Made:
     yield {"input_ids": words()}
     yield {"input_ids": words(), "attention_mask": torch.ones(2, 9, dtype=torch.long)}
     yield {"input_ids": words(), "bbox": torch.zeros(2, 9, 4, dtype=torch.long)}
+    yield {"input_ids": words(), "lang_ids": torch.zeros(2, 9, dtype=torch.long)}
     yield {"input_ids": words(128)}
+    yield {"input_ids": words(), "decoder_input_ids": words()}
     yield {"inputs": words(128)}
 
 
@@ -364,19 +437,39 @@ def heard(model: nn.Module, config: Any) -> Made:
 
 def seen(model: nn.Module, config: Any) -> Made:
     yield {"pixel_values": pixels(config)}
-    yield {"pixel_values": torch.randn(1, 3, 224, 224)}
+    for size in (224, 256, 448, 512):
+        yield {"pixel_values": torch.randn(1, 3, size, size)}
     yield {"inputs": pixels(config)}
+    yield patches(config)
+    yield from frames(model, config)
+    yield from pictures_in_texts(model, config) if features_of(model) else text_inputs(model, config)
 
 
-def frames(model: nn.Module, config: Any) -> Made:
-    size, number = getattr(config, "image_size", 224), getattr(config, "num_frames", 4)
-    yield {"pixel_values": torch.randn(1, number, 3, size, size)}
-    yield {"pixel_values_videos": torch.randn(1, getattr(config, "frames_per_clip", 4), 3, size, size)}
+def patches(config: Any, samples: int = 1) -> dict[str, Tensor]:
+    """A picture as a row of 4 x 4 flat patches."""
+    patch = getattr(getattr(config, "vision_config", config), "patch_size", 16)
+    return {
+        "pixel_values": torch.randn(samples, 16, 3 * patch**2 if is_number(patch) else 768),
+        "pixel_attention_mask": torch.ones(samples, 16, dtype=torch.long),
+        "spatial_shapes": torch.full((samples, 2), 4),
+    }
+
+
+def frames(model: nn.Module, config: Any, samples: int = 1) -> Made:
+    vision = next((c for c in (getattr(config, "vision_config", None), config) if hasattr(c, "image_size")), config)
+    size = getattr(vision, "image_size", 224)
+    size = size if is_number(size) else max(size)
+    numbers = [getattr(vision, name, 4) for name in ("num_frames", "frames_per_clip")]
+    yield {"pixel_values": torch.randn(samples, numbers[0], 3, size, size)}
+    for number in dict.fromkeys(reversed(numbers)):
+        yield {"pixel_values_videos": torch.randn(samples, number, 3, size, size)}
 
 
 def pairs(model: nn.Module, config: Any) -> Made:
-    yield {"input_ids": words(), "pixel_values": pixels(config, 2)}
-    yield {"input_ids": words(64), "pixel_values": pixels(config, 2)}
+    for length in (9, 64):
+        for seen_by_it in ({"pixel_values": pixels(config, 2)}, patches(config, 2), *frames(model, config, 2)):
+            yield {"input_ids": words(length), **seen_by_it}
+            yield {"input_ids": words(length), "attention_mask": torch.ones(2, length, dtype=torch.long), **seen_by_it}
 
 
 def pictures_in_texts(model: nn.Module, config: Any) -> Made:
@@ -388,31 +481,35 @@ def pictures_in_texts(model: nn.Module, config: Any) -> Made:
     grid = torch.tensor([[1, 2 * side, 2 * side]])
     one = pixels(config)
     size = torch.tensor([one.shape[-2:]])
+    places = torch.cartesian_prod(torch.arange(6), torch.arange(6))[None]
     flat_patches = torch.randn(4 * side**2, flat)
     tiles_of_one = {"pixel_values": one[:, None].expand(1, 2, -1, -1, -1), "image_sizes": size}
     ways: list[dict[str, Any]] = [
         {"pixel_values": flat_patches, "image_grid_thw": grid},
-        {"pixel_values": torch.randn(4 * side**2, 3, patch, patch), "image_grid_thw": grid},
-        {
-            "pixel_values": torch.randn(4 * side**2, flat),
-            "image_grid_thw": grid,
-            "image_merge_sizes": torch.tensor([side]),
-        },
+        {"pixel_values": flat_patches, "image_grid_thw": grid, "image_merge_sizes": torch.tensor([side])},
         {"pixel_values": one},
         {"pixel_values": one, "image_sizes": size},
+        {"pixel_values": torch.randn(4 * side**2, 3, patch, patch), "image_grid_thw": grid},
         {"pixel_values": one[:, None]},
         tiles_of_one,
         tiles_of_one | {"batch_num_images": torch.tensor([1])},
+        patches(config),
+        {"pixel_values": torch.randn(1, 36, flat), "image_position_ids": places},
+        {"pixel_values": torch.randn(1, 36, flat)},
+        {"pixel_values": torch.randn(1, 3, patch, 16 * patch), "target_sizes": torch.tensor([[4, 4]])},
+        {"pixel_values": flat_patches, "image_grid_hw": grid[:, 1:]},
     ]
     known = inspect.signature(model.forward).parameters
+    if "high_res_pixel_values" in known:
+        ways += [{"pixel_values": one, "high_res_pixel_values": one.repeat(1, 1, n, n)} for n in (1, 4)]
     for way in ways:
+        if "qformer_input_ids" in known:
+            way["qformer_input_ids"] = words(4, 1)
         for count in number_of_tokens(model, way):
             ids = torch.tensor([[1, 9, *[PLACEHOLDER] * count, 20, 21]])
-            more = {
-                "token_type_ids": (ids == PLACEHOLDER).long(),
-                "mm_token_type_ids": (ids == PLACEHOLDER).long(),
-                "qformer_input_ids": ids[:, :4],
-            }
+            more = dict.fromkeys(
+                ("token_type_ids", "mm_token_type_ids", "moe_mm_token_type_ids"), (ids == PLACEHOLDER).long()
+            )
             yield {"input_ids": ids, **way, **{name: value for name, value in more.items() if name in known}}
     if "aspect_ratio_ids" in known:
         ids, ones = torch.tensor([[1, 9, PLACEHOLDER, 20, 21]]), torch.ones(1, 1, dtype=torch.long)
@@ -432,14 +529,23 @@ def pictures_in_texts(model: nn.Module, config: Any) -> Made:
     yield {"input_ids": torch.tensor([[1, 9, 20, 21]]), "pixel_values": one}
 
 
+def features_of(model: Any) -> Any:
+    """The model's function that makes tokens of a picture; None where it has none."""
+    parts = (model, getattr(model, "model", None))
+    return next((part.get_image_features for part in parts if hasattr(part, "get_image_features")), None)
+
+
 def number_of_tokens(model: Any, way: dict[str, Any]) -> list[int]:
     """How many tokens of the text a picture becomes, as the model's own function tells."""
     try:
         with torch.no_grad():
-            features = model.get_image_features(**way)
-    except Exception:
+            features = features_of(model)(**way)
+    except Exception:  # it can't take a picture in this way; the next may be its own
         return []
-    features = getattr(features, "pooler_output", features)
+    for name in ("pooler_output", "last_hidden_state"):
+        if isinstance(getattr(features, name, None), Tensor | list | tuple):
+            features = getattr(features, name)
+            break
     parts = features if isinstance(features, list | tuple) else [features]
     return list(dict.fromkeys([sum(part.shape[:-1].numel() for part in parts if isinstance(part, Tensor))]))
 
@@ -505,6 +611,6 @@ def stand_in_for_hub() -> None:
     def small(name: str, **options: Any) -> Any:
         kinds = ("mt5", "xlm-roberta", "roberta", "bert")
         kind = next((kind for kind in kinds if kind in name.lower()), "roberta")
-        return small_config(type(transformers.AutoConfig.for_model(kind)), pictures=False)
+        return small_config(transformers.AutoConfig.for_model(kind), pictures=False)
 
     hf_model.AutoConfig = type("AutoConfig", (), {"from_pretrained": staticmethod(small)})

@@ -56,6 +56,26 @@ def test_every_name_of_the_sample_is_registered():
         assert set(names) <= set(registered(library))
 
 
+def test_parts_of_a_configuration_keep_what_the_whole_says():
+    from transformers import DetrConfig, RTDetrConfig
+
+    for config in (DetrConfig(), RTDetrConfig()):
+        small = zoo.small_config(config, pictures=False)
+        assert (small.d_model, small.encoder_layers) == (zoo.WIDTH, zoo.LAYERS)
+        said, kept = config.backbone_config, small.backbone_config
+        assert kept.model_type == said.model_type
+        assert len(said.out_indices) == 1 or kept.out_indices == said.out_indices
+        assert getattr(kept, "backbone", None) == getattr(said, "backbone", None)
+
+
+def test_filled_configurations_have_less_of_none():
+    from transformers import GPT2Config
+
+    assert GPT2Config().n_inner is None
+    assert zoo.small_config(GPT2Config(), pictures=False).n_inner is None
+    assert zoo.small_config(GPT2Config(), pictures=False, filled=True).n_inner == zoo.SMALL["n_inner"]
+
+
 # ---- does it find what is wrong? -------------------------------------------------------------------------------------
 
 
@@ -94,6 +114,13 @@ def test_attribution_that_is_wrong(small_vit, monkeypatch, changes):
     assert judge_attribute(small_vit, number)[""] == "complete"
     altered(monkeypatch, **changes)
     assert judge_attribute(small_vit, number)[""] == "wrong"
+
+
+def test_attribution_that_rounds_isnt_wrong(small_vit, monkeypatch):
+    weight = next(small_vit.model.parameters())
+    altered(monkeypatch, completeness_error=lambda error: error + (weight.dtype == torch.float32))
+    assert judge_attribute(small_vit, [])[""] == "complete"
+    assert weight.dtype == torch.float32
 
 
 def test_map_that_lies_wrong(small_vit, monkeypatch):
