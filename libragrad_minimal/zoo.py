@@ -457,7 +457,7 @@ def patches(config: Any, samples: int = 1) -> dict[str, Tensor]:
 
 def frames(model: nn.Module, config: Any, samples: int = 1) -> Made:
     vision = next((c for c in (getattr(config, "vision_config", None), config) if hasattr(c, "image_size")), config)
-    size = getattr(vision, "image_size", 224)
+    size: Any = getattr(vision, "image_size", 224)
     size = size if is_number(size) else max(size)
     numbers = [getattr(vision, name, 4) for name in ("num_frames", "frames_per_clip")]
     yield {"pixel_values": torch.randn(samples, numbers[0], 3, size, size)}
@@ -531,7 +531,7 @@ def pictures_in_texts(model: nn.Module, config: Any) -> Made:
 
 def features_of(model: Any) -> Any:
     """The model's function that makes tokens of a picture; None where it has none."""
-    parts = (model, getattr(model, "model", None))
+    parts: tuple[Any, ...] = (model, getattr(model, "model", None))
     return next((part.get_image_features for part in parts if hasattr(part, "get_image_features")), None)
 
 
