@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from .added_constants import precise
 from .engine import LIBRA, Rules, libra_grad
 from .families import Inputs, call, check_inputs, explains_picture_for_texts, name_of
 from .parts import Found, Place, find_places, visiting
@@ -83,11 +84,12 @@ def patching(
         effect[~only.reshape(asked.shape).cpu()] = torch.nan
     rows = max(1, TOKENS_AT_ONCE // asked.shape[1])
     with tqdm(total=int(asked.sum()), desc=f"patching {sites}", leave=False, disable=None) as bar:
-        for layer in range(len(asked)):
+        for layer in asked.flatten(1).any(1).nonzero().flatten().tolist():
             for some in asked[layer].nonzero().split(rows):
                 mask = torch.zeros(len(some), *asked.shape[1:], dtype=torch.bool)
                 mask[torch.arange(len(some)), some[:, 0], some[:, 1]] = True
-                effect[layer, some[:, 0], some[:, 1]] = pair.answers([(site, {layer: mask})], len(some)) - pair.clean
+                change = pair.answers([(site, {layer: mask})], len(some)) - pair.clean
+                effect[layer, some[:, 0], some[:, 1]] = change.float()
                 bar.update(len(some))
     return effects(effect, pair.clean, pair.corrupt, sites)
 
@@ -129,9 +131,9 @@ def attribution_patching(
     effect = []
     for place, tensor, other, gradient in zip(places, tensors, others, gradients, strict=True):
         slope = torch.zeros_like(tensor) if gradient is None else gradient
-        here, slope = (pair.by_group(one, 1, place)[0].float() for one in (tensor.detach(), slope))
-        effect.append(((other.float() - here) * slope).sum(-1).cpu())
-    return effects(torch.stack(effect), float(run.output.detach()), corrupt_answer, sites)
+        here, slope = (precise(pair.by_group(one, 1, place)[0]) for one in (tensor.detach(), slope))
+        effect.append(((precise(other) - here) * slope).sum(-1).cpu())
+    return effects(torch.stack(effect).float(), float(run.output.detach()), corrupt_answer, sites)
 
 
 def patch_together(model: nn.Module, clean: Any, corrupt: Any, metric: Metric, parts: Mapping[str, Tensor]) -> Tensor:
@@ -159,7 +161,7 @@ def patch_together(model: nn.Module, clean: Any, corrupt: Any, metric: Metric, p
             for name, mask in masks.items()
         ]
         answers.append(pair.answers(chosen, len(some)))
-    return torch.cat(answers)
+    return torch.cat(answers).float()
 
 
 def checked_mask(mask: Tensor, site: Site) -> Tensor:
@@ -262,7 +264,7 @@ class Pair:
         kept, rows = kept_rows(self.model, inputs, rows)
         with torch.no_grad(), torch.compiler.set_stance("force_eager"):
             answer = call(self.model, inputs, kept)
-            return explained(self.model, answer, self.measured, "last", rows, inputs.samples).float().cpu()
+            return explained(self.model, answer, self.measured, "last", rows, inputs.samples).cpu().double()
 
     def answers(self, chosen: Sequence[tuple[Site, Mapping[int, Tensor]]], rows: int) -> Tensor:
         """(rows,) the metric on the clean prompt, patched where masks (rows, positions, groups) of layers say so."""

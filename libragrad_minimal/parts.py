@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, Node
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from .engine.nodes import Edge, edge_of, operation_name
+from .engine.nodes import Edge, edge_of, operation_name, result_shape
 from .families import name_of, plain
 from .layout import Axes
 from .recording import Recording, Request, find_attention, record, token_place, with_tokens
@@ -240,7 +240,7 @@ def heads(block: Block) -> Place:
         raise ValueError(
             f'{block.name} has {len(maps)} attention maps, not one, so no heads; sites="attention" has none'
         )
-    product, number = maps[0].product, product_heads(maps[0].product)
+    product, number = maps[0].product, result_shape(maps[0].product)[0]  # of one sample
     behind = dependents([end], product)
     for one in block.calls:
         if one.given is not None and block.is_row(one.given) and edge_of(one.given)[0] in behind:
@@ -251,11 +251,6 @@ def heads(block: Block) -> Place:
         f"{block.name} hands the results of its {number} heads to no module side by side, so they can't be told apart "
         'there; sites="attention" patches all of them together'
     )
-
-
-def product_heads(product: Node) -> int:
-    """How many attention maps are applied in one product of one sample."""
-    return product._input_metadata[0].shape[0]  # type: ignore[attr-defined]
 
 
 def lie_side_by_side(given: Tensor, number: int, product: Node, length: int) -> bool:

@@ -1,17 +1,21 @@
 """Patching against loops by hand over modules by name; its estimate against derivatives, sums and linear models."""
 
+import importlib.util
+import json
 from itertools import product
 
+import numpy as np
 import pytest
 import timm
 import torch
 import transformers
+from scipy.stats import pearsonr
 from small_models import IDS, PICTURES, TEXT, perturbed
 from torch import nn
 
 from libragrad_minimal import LIBRA, PLAIN, circuits
 from libragrad_minimal.circuits import attribution_patching, patch_together, patching
-from libragrad_minimal.models import load_demo
+from libragrad_minimal.models import DATA, load_demo
 
 CLEAN = {"input_ids": IDS[:1]}
 CORRUPT = {"input_ids": torch.cat([IDS[:1, :3], IDS[1:, 3:4], IDS[:1, 4:]], dim=1)}
@@ -148,7 +152,11 @@ def naive(model, clean, corrupt, asked, modules, given, groups):
     kept = {}
 
     def keep(layer):
-        return lambda tensor: kept.setdefault(layer, tensor.detach().clone())
+        def note(tensor):
+            kept[layer] = tensor.clone()
+            return tensor
+
+        return note
 
     hooks = [hooked(module, given, keep(layer)) for layer, module in enumerate(modules)]
     answer_of(model, corrupt, asked)
@@ -386,7 +394,7 @@ def test_on_a_linear_model_the_estimate_is_the_truth_and_gradient_times_differen
 
 
 @pytest.mark.parametrize("sites", SITES)
-@pytest.mark.parametrize("build", [llama, gpt2, gpt_neox], ids=lambda build: build.__name__)
+@pytest.mark.parametrize("build", [gpt2, gpt_neox, opt], ids=lambda build: build.__name__)
 def test_plain_estimates_are_derivatives(build, sites):
     """For a small change of the prompt they are the truth, but for an error of second order."""
     model = build().double()
@@ -488,4 +496,76 @@ class Mixed(nn.Module):
 
 def test_samples_that_mix_are_refused():
     with pytest.raises(ValueError, match="its samples mix"):
-        patching(Mixed(llama()), CLEAN, CORRUPT, metric)
+        patching(Mixed(llama()).eval(), CLEAN, CORRUPT, metric)
+
+
+# --- the stored pairs and measurement ---
+
+PAIRS = json.loads((DATA / "circuit_pairs.json").read_text(encoding="utf-8"))
+TASKS = {"indirect object", "agreement", "capitals", "opposites", "sequences", "gender pronouns"}
+spec = importlib.util.spec_from_file_location("measured_circuits", DATA / "circuits.py")
+measured_circuits = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(measured_circuits)
+
+
+@pytest.fixture(scope="module")
+def smollm(shared):
+    """The folder, the GGUF file and its tokenizer."""
+    folder = shared / "models" / "smollm2-135m-instruct"
+    pytest.importorskip("gguf")
+    (file,) = folder.glob("*.gguf")
+    return folder, transformers.AutoTokenizer.from_pretrained(folder, gguf_file=file.name)
+
+
+def test_pairs_are_of_six_tasks_and_none_is_there_twice():
+    assert len(PAIRS) >= 60 and {pair["task"] for pair in PAIRS} == TASKS
+    assert all(sum(pair["task"] == task for pair in PAIRS) >= 9 for task in TASKS)
+    assert len({(pair["clean"], pair["corrupt"]) for pair in PAIRS}) == len(PAIRS)
+    for pair in PAIRS:
+        assert pair["clean"] != pair["corrupt"] and pair["answer"] != pair["wrong"]
+        assert pair["answer"].startswith(" ") and pair["wrong"].startswith(" ")
+        assert not pair["clean"].endswith(" ") and not pair["corrupt"].endswith(" ")
+
+
+def test_pairs_are_equally_long(smollm):
+    _, tokenizer = smollm
+    for pair in PAIRS:
+        lengths = [len(tokenizer(pair[name]).input_ids) for name in ("clean", "corrupt")]
+        assert lengths[0] == lengths[1], pair
+        for name in ("answer", "wrong"):
+            assert tokenizer.decode(tokenizer(pair[name]).input_ids) == pair[name]
+            assert len(tokenizer(pair[name]).input_ids) == 1, pair
+
+
+@pytest.mark.slow
+def test_the_stored_measurement_is_what_the_command_measures(smollm):
+    folder, _ = smollm
+    model, tokenizer = measured_circuits.load(str(folder))
+    stored = np.load(DATA / "circuits_smollm2.npz")
+    number = next(n for n in range(len(PAIRS)) if f"{n} | heads | true" in stored)
+    prompts = measured_circuits.prompts_of(PAIRS[number], tokenizer)
+    answers = measured_circuits.answers_of(model, *prompts)
+    np.testing.assert_allclose(stored[f"{number} | answers"], answers, atol=1e-2)
+    for how, rules in measured_circuits.RULES.items():
+        effect = attribution_patching(model, *prompts, "mlp", rules).effect
+        np.testing.assert_allclose(stored[f"{number} | mlp | {how}"], effect, rtol=2e-3, atol=2e-3)
+    true = torch.from_numpy(stored[f"{number} | heads | true"].astype(np.float32))
+    only = torch.zeros_like(true, dtype=torch.bool)
+    only.view(-1)[true.abs().flatten().argsort(descending=True)[:20]] = True
+    effect = patching(model, *prompts, "heads", only).effect
+    torch.testing.assert_close(effect[only], true[only], rtol=2e-3, atol=2e-3)
+
+
+def test_correlations_are_pearsons(tmp_path, monkeypatch):
+    """Over the places at which the prompts differ, by scipy."""
+    generator = np.random.default_rng(0)
+    effects = {how: generator.normal(size=(3, 4)).astype(np.float16) for how in ("true", *measured_circuits.RULES)}
+    for effect in effects.values():
+        effect[:, :2] = 0
+    np.savez(tmp_path / "some.npz", **{f"0 | mlp | {how}": effect for how, effect in effects.items()})
+    monkeypatch.setattr(measured_circuits, "RESULT", tmp_path / "some.npz")
+    found = measured_circuits.correlations()
+    true = effects["true"][:, 2:].flatten().astype(float)
+    for how in measured_circuits.RULES:
+        (value,) = found[PAIRS[0]["task"], "mlp", how]
+        assert value == pytest.approx(pearsonr(true, effects[how][:, 2:].flatten().astype(float)).statistic)
