@@ -24,7 +24,7 @@ from .engine.nodes import Edge, edge_of, operation_name, result_shape
 from .families import name_of, plain
 from .layout import Axes
 from .recording import Recording, Request, find_attention, record, token_place, with_tokens
-from .streams import dependents, removed, separators, stream_argument, topological
+from .streams import below, dependents, removed, separators, stream_argument, topological
 
 SITES = ("attention", "mlp", "residual", "heads", "neurons")
 
@@ -56,7 +56,7 @@ def find_places(request: Request, sites: str) -> Found:
     if sites not in SITES:
         raise ValueError(f"sites are one of {', '.join(SITES)}, got {sites!r}")
     known = _known.setdefault(plain(request.model), {})
-    key = (sites, request.inputs.shapes())
+    key = (sites, *request.inputs.tensors)  # not their length: parts are the same modules for any
     if key not in known:
         known[key] = searched_places(request, sites)
     return known[key]
@@ -160,7 +160,8 @@ class Block:
         self.start = edge_of(run.stream[layer])[0]
         self.end = edge_of(run.left[layer])[0]
         between = separators([self.end], self.start)
-        self.trunk = [node for node in topological([self.end]) if node in between]  # from the input to the output
+        order = topological([self.end], stop=below(self.start))
+        self.trunk = [node for node in order if node in between]  # from the input to the output
         self.inside = dependents([self.end], self.start)
         self.calls = [one for one in calls if one.returned is not None and edge_of(one.returned)[0] in self.inside]
         self.outputs = {edge_of(one.returned): one for one in self.calls if self.is_row(one.returned)}
@@ -187,7 +188,7 @@ class Block:
 
     def added(self, addition: Node) -> Iterator[Called]:
         """The modules whose results are added to the stream here, if need be scaled or reshaped before."""
-        waiting: list[Edge] = self.below(addition)
+        waiting: list[Edge] = self.operands(addition)
         while waiting:
             edge = waiting.pop()
             node = edge[0]
@@ -196,16 +197,16 @@ class Block:
             if edge in self.outputs:
                 yield self.outputs[edge]
                 continue
-            below = self.below(node)
-            if len(below) > 1 and operation_name(node) != "Add":
+            operands = self.operands(node)
+            if len(operands) > 1 and operation_name(node) != "Add":
                 raise ValueError(
                     f"{self.name} adds something to its tokens that no module of its own returns "
                     f"({operation_name(node)} of several tensors), so there is no module to patch; "
                     'sites="residual" needs none'
                 )
-            waiting.extend(below)
+            waiting.extend(operands)
 
-    def below(self, node: Node) -> list[Edge]:
+    def operands(self, node: Node) -> list[Edge]:
         return [(child, number) for child, number in node.next_functions if child in self.inside]
 
     def described(self, output: Called) -> Part:
