@@ -91,12 +91,12 @@ def check_positions(run: Recording) -> None:
 
 
 class Called(NamedTuple):
-    """One run of a module: what it was given and what it returned, None where that doesn't depend on the stream."""
+    """One run of a module: what it was given, if that depends on the stream, and what it returned."""
 
     module: nn.Module
     call: int
     given: Tensor | None
-    returned: Tensor | None
+    returned: Tensor
 
 
 @contextlib.contextmanager
@@ -106,20 +106,18 @@ def listening(model: nn.Module) -> Iterator[list[Called]]:
     numbers: Counter[nn.Module] = Counter()
 
     def note(module, args, kwargs, result):
-        place = given_place(args, kwargs)
-        given = None if place is None else args[place] if isinstance(place, int) else kwargs[place]
-        returned = returned_tensor(result)
-        calls.append(Called(module, numbers[module], *(with_graph(tensor) for tensor in (given, returned))))
+        place, returned = given_place(args, kwargs), returned_tensor(result)
+        number = numbers[module]
         numbers[module] += 1
+        if returned is None or not returned.requires_grad:
+            return None
+        given = None if place is None else args[place] if isinstance(place, int) else kwargs[place]
+        calls.append(Called(module, number, given if given is not None and given.requires_grad else None, returned))
         # a copy goes on: a tensor that the model changes in place would belong to another node afterwards
-        return None if with_graph(returned) is None else with_returned(result, returned.clone())
+        return with_returned(result, returned.clone())
 
     with removed([module.register_forward_hook(note, with_kwargs=True) for module in model.modules()]):
         yield calls
-
-
-def with_graph(tensor: Tensor | None) -> Tensor | None:
-    return tensor if tensor is not None and tensor.requires_grad else None
 
 
 def given_place(args: tuple, kwargs: dict[str, Any]) -> int | str | None:
@@ -163,12 +161,16 @@ class Block:
         order = topological([self.end], stop=below(self.start))
         self.trunk = [node for node in order if node in between]  # from the input to the output
         self.inside = dependents([self.end], self.start)
-        self.calls = [one for one in calls if one.returned is not None and edge_of(one.returned)[0] in self.inside]
+        self.calls = [one for one in calls if edge_of(one.returned)[0] in self.inside]
         self.outputs = {edge_of(one.returned): one for one in self.calls if self.is_row(one.returned)}
 
-    def is_row(self, tensor: Tensor | None) -> bool:
+    def is_row(self, tensor: Tensor) -> bool:
         """Are these the channels of each position, in the order of the text?"""
-        return tensor is not None and tuple(tensor.shape[:-1]) in ((1, self.length), (self.length, 1), (self.length,))
+        return tuple(tensor.shape[:-1]) in ((1, self.length), (self.length, 1), (self.length,))
+
+    def uses(self) -> list[tuple[Called, Tensor]]:
+        """The modules' runs with what they were given, where that is a row of positions."""
+        return [(one, one.given) for one in self.calls if one.given is not None and self.is_row(one.given)]
 
     def part(self, mixes: bool) -> Part:
         """The attention, or the MLP: the one part that mixes positions, or the one that doesn't."""
@@ -210,7 +212,6 @@ class Block:
         return [(child, number) for child, number in node.next_functions if child in self.inside]
 
     def described(self, output: Called) -> Part:
-        assert output.returned is not None
         passed = separators([edge_of(output.returned)[0]], self.start)
         entry = [node for node in self.trunk if node in passed][-1]
         last = output.returned.reshape(self.length, -1)[-1]
@@ -243,11 +244,10 @@ def heads(block: Block) -> Place:
         )
     product, number = maps[0].product, result_shape(maps[0].product)[0]  # of one sample
     behind = dependents([end], product)
-    for one in block.calls:
-        if one.given is not None and block.is_row(one.given) and edge_of(one.given)[0] in behind:
-            if one.given.shape[-1] % number == 0 and lie_side_by_side(one.given, number, product, block.length):
-                return Place(one.module, one.call, given=True, groups=number)
-            break
+    users = [(one, given) for one, given in block.uses() if edge_of(given)[0] in behind]
+    if users and users[0][1].shape[-1] % number == 0 and lie_side_by_side(users[0][1], number, product, block.length):
+        first = users[0][0]
+        return Place(first.module, first.call, given=True, groups=number)
     raise ValueError(
         f"{block.name} hands the results of its {number} heads to no module side by side, so they can't be told apart "
         'there; sites="attention" patches all of them together'
@@ -267,13 +267,12 @@ def neurons(block: Block) -> Place:
     part = block.part(mixes=False)
     end = edge_of(part.output.returned)[0]
     passed = separators([end], part.entry)
-    matrices = [one for one in block.calls if holds_matrix(one.module)]
-    last = [one for one in matrices if edge_of(one.returned)[0] in passed and block.is_row(one.given)]
-    if last:
-        behind = [edge_of(one.returned)[0] for one in matrices]
-        before = dependents([edge_of(last[-1].given)[0]], part.entry)
-        if any(node in before for node in behind):
-            return Place(last[-1].module, last[-1].call, given=True, groups=last[-1].given.shape[-1])
+    matrices = [(one, given) for one, given in block.uses() if holds_matrix(one.module)]
+    made = {edge_of(one.returned)[0] for one, _ in matrices}
+    last = [(one, given) for one, given in matrices if edge_of(one.returned)[0] in passed]
+    if last and made & dependents([edge_of(last[-1][1])[0]], part.entry):
+        one, given = last[-1]
+        return Place(one.module, one.call, given=True, groups=given.shape[-1])
     raise ValueError(
         f"the MLP of {block.name} has no last matrix that all of it passes through on the way from another one (a "
         'mixture of experts?), so no neurons; sites="mlp" patches its result'
@@ -311,7 +310,9 @@ def hook_at(place: Place, layer: int, visit: Callable[[int, Tensor], Tensor]) ->
     def leave(module, args, result):
         if next(calls) != place.call:
             return None
-        return with_returned(result, visit(layer, returned_tensor(result)))
+        returned = returned_tensor(result)
+        assert returned is not None  # as it did when the place was found
+        return with_returned(result, visit(layer, returned))
 
     if place.given:
         return place.module.register_forward_pre_hook(enter, with_kwargs=True)
