@@ -2,7 +2,10 @@
 
 import importlib.util
 import json
+import subprocess
+import sys
 from itertools import product
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -497,6 +500,14 @@ class Mixed(nn.Module):
 def test_samples_that_mix_are_refused():
     with pytest.raises(ValueError, match="its samples mix"):
         patching(Mixed(llama()).eval(), CLEAN, CORRUPT, metric)
+
+
+@pytest.mark.slow
+def test_the_benchmark_runs():
+    script = Path(__file__).parent / "benchmarks" / "patching.py"
+    run = subprocess.run([sys.executable, script, "--quick", "--threads", "1"], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    assert "4 layers, 25 tokens" in run.stdout and "x as fast as patching" in run.stdout
 
 
 # --- the stored pairs and measurement ---
