@@ -499,12 +499,12 @@ def starting_module(model: nn.Module, start: Any) -> nn.Module:
 
 
 @contextlib.contextmanager
-def standing_in(blocks: Sequence[nn.Module], results: Sequence[Any]) -> Iterator[None]:
+def standing_in(blocks: Sequence[nn.Module], results: Sequence[Any], graph: bool = True) -> Iterator[None]:
     """Inside, the blocks don't run: one after another they return these results, and after the last a graph begins."""
     waiting = list(reversed(results))
 
     def stand_in(*args, **kwargs):
-        if len(waiting) == 1:
+        if len(waiting) == 1 and graph:
             torch.set_grad_enabled(True)
         return waiting.pop()
 

@@ -282,7 +282,7 @@ def separators(ends: Sequence[Node], root: Node) -> set[Node]:
 
     In topological order such a node is alone when its turn comes: no edge leads past it.
     """
-    order = topological(ends)
+    order = topological(ends, stop=below(root))
     reaches = dependents(ends, root)
     found: set[Node] = set()
     waiting = {end for end in ends if end in reaches}
@@ -299,10 +299,14 @@ def separators(ends: Sequence[Node], root: Node) -> set[Node]:
 def dependents(ends: Sequence[Node], root: Node) -> set[Node]:
     """The nodes below `ends` that `root` is below of, itself among them."""
     found: set[Node] = set()
-    for node in topological(ends):
+    for node in topological(ends, stop=below(root)):
         if node is root or any(child in found for child, _ in node.next_functions):
             found.add(node)
     return found
+
+
+def below(root: Node) -> list[Node]:
+    return [child for child, _ in root.next_functions if child is not None]
 
 
 def topological(ends: Iterable[Node], stop: Iterable[Node] = ()) -> list[Node]:

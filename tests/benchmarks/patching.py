@@ -1,0 +1,129 @@
+"""What batching saves in activation patching, and what its estimate by one gradient costs.
+
+    python tests/benchmarks/patching.py                              # the demo Llama; a minute on one core
+    python tests/benchmarks/patching.py --model ../shared/models/smollm2-135m-instruct --pairs 2
+    python tests/benchmarks/patching.py --quick                      # one pair, seconds: does it still run?
+
+The naive loop is the one that is written on a blackboard: for every layer and position a hook that puts the corrupt
+activation in, and one forward pass. In every pair each runs once, in turns forwards and backwards.
+
+Measured on one thread of a busy machine, torch 2.14, MLPs at all positions:
+
+- demo Llama, 4 layers, 25 tokens, medians of 5: naive loop 2.65 s, patching 0.28 s (9.3 x), estimate 0.16 s (16.5 x).
+- SmolLM2-135M, 30 layers, 16 tokens, once: naive loop 299 s, patching 42.8 s (7.0 x), estimate 2.5 s (120 x).
+"""
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from libragrad_minimal.circuits import attribution_patching, patching
+from libragrad_minimal.models import load_demo
+
+STORY = "Anna has a red ball. Ben has a {} kite. Carl comes from Peru. What colour is Ben's kite?"
+FACT = "When Mary and John went to the store, {} gave a bottle of milk to"
+
+
+@dataclass(frozen=True)
+class Question:
+    """A model of Llama's kind, two prompts, and what is asked."""
+
+    model: nn.Module
+    clean: dict[str, Tensor]
+    corrupt: dict[str, Tensor]
+    metric: Callable[[Tensor], Tensor]
+
+
+def question(model: nn.Module, tokenizer, text: str, words: tuple[str, str], answers: tuple[str, str]) -> Question:
+    prompts = [dict(tokenizer(text.format(word), return_tensors="pt")) for word in words]
+    right, wrong = (tokenizer(answer, add_special_tokens=False).input_ids[0] for answer in answers)
+    return Question(model, *prompts, lambda logits: logits[..., right] - logits[..., wrong])
+
+
+def demo() -> Question:
+    loaded = load_demo("llama")
+    return question(loaded.model, loaded.tokenizer, STORY, ("blue", "green"), (" blue", " green"))
+
+
+def from_folder(folder: Path) -> Question:
+    """A language model from a folder that holds a GGUF file, or transformers' own files."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    files = [path.name for path in folder.glob("*.gguf")]
+    options = {"gguf_file": files[0]} if files else {}
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **options).eval().requires_grad_(False)
+    tokenizer = AutoTokenizer.from_pretrained(folder, **options)
+    return question(model, tokenizer, FACT, ("John", "Mary"), (" Mary", " John"))
+
+
+def naive_patching(asked: Question) -> Tensor:
+    """(layers, positions) for the MLPs: one forward pass each."""
+    modules = [block.mlp for block in asked.model.model.layers]
+    kept: list[Tensor] = []
+    with torch.no_grad():
+        hooks = [module.register_forward_hook(lambda module, args, result: kept.append(result)) for module in modules]
+        asked.model(**asked.corrupt)
+        for hook in hooks:
+            hook.remove()
+        before = asked.metric(asked.model(**asked.clean).logits[:, -1]).item()
+        effect = torch.zeros(len(modules), kept[0].shape[1])
+        for layer, module in enumerate(modules):
+            for position in range(effect.shape[1]):
+
+                def change(module, args, result, layer=layer, position=position):
+                    result = result.clone()
+                    result[:, position] = kept[layer][:, position]
+                    return result
+
+                hook = module.register_forward_hook(change)
+                effect[layer, position] = asked.metric(asked.model(**asked.clean).logits[:, -1]).item() - before
+                hook.remove()
+    return effect
+
+
+def compare(asked: Question, pairs: int) -> dict[str, float]:
+    """Seconds of each, the median of all pairs; their results must agree."""
+    pair = (asked.model, asked.clean, asked.corrupt, asked.metric)
+    passes = {
+        "naive loop": lambda: naive_patching(asked),
+        "patching": lambda: patching(*pair).effect,
+        "attribution_patching": lambda: attribution_patching(*pair).effect,
+    }
+    passes["attribution_patching"]()  # the first one also looks round in the model
+    effects: dict[str, Tensor] = {}
+    times: dict[str, list[float]] = {name: [] for name in passes}
+    for number in range(pairs):
+        for name in passes if number % 2 == 0 else reversed(passes):
+            start = time.perf_counter()
+            effects[name] = passes[name]()
+            times[name].append(time.perf_counter() - start)
+    torch.testing.assert_close(effects["patching"], effects["naive loop"], atol=1e-3, rtol=1e-3)
+    return {name: statistics.median(several) for name, several in times.items()}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="one pair on the demo Llama, to see that it runs")
+    parser.add_argument("--model", type=Path, metavar="FOLDER", help="a real model of Llama's kind")
+    parser.add_argument("--pairs", type=int, default=5, help="timed pairs (default: 5)")
+    parser.add_argument("--threads", type=int, help="CPU threads (default: PyTorch's own choice)")
+    options = parser.parse_args()
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    asked = from_folder(options.model) if options.model else demo()
+    layers, length = len(asked.model.model.layers), asked.clean["input_ids"].shape[1]
+    print(f"{torch.get_num_threads()} threads; PyTorch {torch.__version__}; float32; {layers} layers, {length} tokens")
+    seconds = compare(asked, 1 if options.quick else options.pairs)
+    for name, used in seconds.items():
+        print(f"{name:22}{used:10.3f} s{seconds['naive loop'] / used:10.1f} x the naive loop's speed")
+    print(f"the estimate is {seconds['patching'] / seconds['attribution_patching']:.1f} x as fast as patching")
+
+
+if __name__ == "__main__":
+    main()
