@@ -687,7 +687,7 @@ def with_argument(given: Tensor, args: tuple, kwargs: dict[str, Any]) -> tuple[t
     return args, {**kwargs, place: given}
 
 
-def token_place(result: Any, shape: torch.Size) -> int | None:
+def token_place(result: Any, shape: torch.Size | None = None) -> int | None:
     """Which part of what a block returned are its tokens: the first of the shape that it was given, else the first."""
     parts = result if isinstance(result, tuple | list) else [result]
     places = [i for i, part in enumerate(parts) if is_stream(part)]
