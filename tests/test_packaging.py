@@ -65,7 +65,10 @@ def take_away_extras(installed: Path) -> None:
 def test_the_wheel_holds_the_library_and_the_demo_models_and_nothing_else(wheel):
     library = [path.relative_to(ROOT).as_posix() for path in (ROOT / "libragrad_minimal").glob("**/*.py")]
     demos = [f"demo_{kind}{suffix}" for kind in ("vit", "clip", "llama") for suffix in (".safetensors", ".md")]
-    data = [f"libragrad_minimal/data/{name}" for name in [*demos, "evidence_questions.json", "prompts.json"]]
+    data = [
+        f"libragrad_minimal/data/{name}"
+        for name in [*demos, "circuit_pairs.json", "evidence_questions.json", "prompts.json"]
+    ]
     names = {name for name in ZipFile(wheel).namelist() if ".dist-info/" not in name}
     assert names == {*library, "libragrad_minimal/py.typed", *data}
 
