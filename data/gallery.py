@@ -29,7 +29,8 @@ from tqdm import trange
 
 from libragrad_minimal import ALI_LRP, ATTN_LRP, CP_LRP, DECOMPX, LIBRA, METHODS, PLAIN
 from libragrad_minimal.attribution import attribute_many
-from libragrad_minimal.dropping import drop_tokens, dropping
+from libragrad_minimal.batches import subject
+from libragrad_minimal.dropping import drop_tokens
 from libragrad_minimal.files import only_one, whole_file
 from libragrad_minimal.methods import uses_gradients
 from libragrad_minimal.metrics import (
@@ -45,8 +46,7 @@ from libragrad_minimal.metrics import (
 )
 from libragrad_minimal.models import LoadedModel, load_demo, load_pretrained
 from libragrad_minimal.photographs import draw_collage, photograph
-from libragrad_minimal.prompts import encode_prompts
-from libragrad_minimal.scenes import CLASSES, COLOURS, draw_scene
+from libragrad_minimal.scenes import CLASSES, draw_scene
 
 FOLDER = Path(__file__).parent
 VIT_TINY = "vit_tiny_patch16_224.augreg_in21k_ft_in1k"
@@ -68,7 +68,6 @@ ONLY_ADDED_UP = {"AliLRP", "CP-LRP", "DecompX"}  # their maps are measured, but 
 FUSIONS = ("mean", "max", "min")
 DISCARD_RATIOS = (0.0, 0.3, 0.6, 0.9)
 FRACTIONS = (0.1, 0.3, 0.5, 0.7, 0.9)  # of the patches, taken away
-PHRASES = [f"a {colour} {thing}" for colour in COLOURS for thing in CLASSES]
 
 Picture = tuple[Image.Image, np.ndarray, list[int]]  # picture, masks (2, H, W), classes of the two objects
 
@@ -89,24 +88,16 @@ def phrased_scene(seed: int, clip: LoadedModel) -> Picture:
     return Image.fromarray(drawn.image), drawn.masks, (drawn.colours * len(CLASSES) + drawn.classes).tolist()
 
 
-def classifier(loaded: LoadedModel) -> tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]:
-    """Pictures (B, 3, H, W) -> logits (B, classes), and class numbers (B,) -> the target that stands for them."""
-    if loaded.kind == "vit":
-        return loaded.model, lambda classes: classes
-    texts = encode_prompts(loaded, PHRASES)
-    return lambda images: loaded.model.encode_image(images, normalize=True) @ texts.T, lambda classes: texts[classes]
-
-
 def measure_pictures(loaded: LoadedModel, pictures: list[Picture], sweep: bool = False) -> dict[str, Tensor]:
     """ "method | rules | metric" -> one number per picture; with `sweep` also the rollouts with every option."""
     images = torch.stack([loaded.transform(picture) for picture, _, _ in pictures])
     classes = torch.tensor([classes for _, _, classes in pictures])
-    answer, as_target = classifier(loaded)
+    of = subject(loaded)
     with torch.no_grad():
-        stronger = answer(images).gather(1, classes).argmax(1)
+        stronger = of.answer(images).gather(1, classes).argmax(1)
     each = torch.arange(len(pictures))
     explained = classes[each, stronger]
-    target = as_target(explained)
+    target = of.target(explained)
     masks = torch.stack([torch.from_numpy(masks) for _, masks, _ in pictures])[each, stronger]
 
     results = {}
@@ -133,8 +124,8 @@ def measure_pictures(loaded: LoadedModel, pictures: list[Picture], sweep: bool =
         if masks[0].float().mean() == 0.5:  # two photographs side by side
             measured[f"{name} | grid pointing game"] = grid_pointing_game(scores, stronger, grid=(1, 2))
     asked = {"target": explained, "labels": explained}
-    painted = deletion(answer, images, in_table, occlude_patches, fractions=FRACTIONS, **asked)
-    dropped = deletion(dropping(loaded.model, answer), images, in_table, drop_tokens, **AUTHORS_PROTOCOL, **asked)
+    painted = deletion(of.answer, images, in_table, occlude_patches, fractions=FRACTIONS, **asked)
+    dropped = deletion(of.answer_without, images, in_table, drop_tokens, **AUTHORS_PROTOCOL, **asked)
     return measured | summaries(painted) | summaries(dropped)
 
 

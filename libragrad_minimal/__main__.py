@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import base64
-import io
 import sys
 from dataclasses import replace
 from html import escape
@@ -36,6 +34,7 @@ try:
 
     from .files import whole_file
     from .models import LoadedModel, load_demo, load_pretrained, token_texts
+    from .pages import embedded, page
     from .pictures import open_picture
     from .plots import Strip, TokenStrips, heatmaps
     from .prompts import attribute_prompts
@@ -401,7 +400,7 @@ def demo_pictures() -> list[str]:
         names = [class_name(loaded, target) for target in targets]
         parts += [
             f"<h3>{method}, {rules}</h3>",
-            embedded(picture_figure(loaded, pixels, result, names), " and ".join(names)),
+            embedded(picture_figure(loaded, pixels, result, names), f"attribution for {' and '.join(names)}"),
         ]
     return [*parts, *demo_audit("vit")]
 
@@ -416,7 +415,7 @@ def demo_prompts() -> list[str]:
         result = attribute_phrases(loaded, pixels, prompts, "FullGrad+", rules)
         parts += [
             f"<h3>FullGrad+, {rules}</h3>",
-            embedded(picture_figure(loaded, pixels, result, prompts), " and ".join(prompts)),
+            embedded(picture_figure(loaded, pixels, result, prompts), f"attribution for {' and '.join(prompts)}"),
         ]
     return [*parts, *demo_audit("clip")]
 
@@ -432,19 +431,6 @@ DEMO_PROMPT = "Mary has a yellow ball. Dora has a red ring. Hugo has a brown cup
 
 def demo_audit(kind: str) -> list[str]:
     return [f"<details><summary>audit {kind}</summary><pre>{escape(str(audit_model(kind)))}</pre></details>"]
-
-
-def page(title: str, body: str) -> str:
-    style = "body{font-family:sans-serif;max-width:60em;margin:2em auto;padding:0 1em}img{max-width:100%}"
-    head = f'<meta charset="utf-8"><title>{escape(title)}</title><style>{style}</style>'
-    return f'<!doctype html><html lang="en"><head>{head}</head><body><h1>{escape(title)}</h1>{body}</body></html>\n'
-
-
-def embedded(figure: Figure, alternative: str) -> str:
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=100)
-    data = base64.b64encode(buffer.getvalue()).decode()
-    return f'<img alt="attribution for {escape(alternative)}" src="data:image/png;base64,{data}">'
 
 
 # ---- input and output ------------------------------------------------------------------------------------------------

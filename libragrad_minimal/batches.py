@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -95,6 +96,11 @@ class Subject:
     loaded: LoadedModel
     texts: Tensor | None  # (classes, D)
 
+    @cached_property
+    def answer_without(self) -> Callable[[Any], Tensor]:
+        """Logits of pictures some of whose patches' tokens are dropped."""
+        return dropping(self.loaded.model, self.answer)
+
     @property
     def is_text(self) -> bool:
         return self.loaded.kind == "llama"
@@ -108,11 +114,11 @@ class Subject:
             return model.encode_image(inputs, normalize=True) @ self.texts.T
         return model(inputs)
 
-    def target(self, classes: Tensor, settings: Settings) -> Any:
+    def target(self, classes: Tensor, probability: bool = False) -> Any:
         """What `attribute` is asked to explain for these classes (B,)."""
         if self.texts is not None:
             return self.texts[classes]
-        return Probability(classes) if settings.probability else classes
+        return Probability(classes) if probability else classes
 
     def scores(self, result: Attribution) -> Tensor:
         return result.scores if self.is_text else result.maps
@@ -243,7 +249,7 @@ def explained(of: Subject, batch: Batch, classes: Tensor, settings: Settings) ->
     """Every method's attribution, on one forward and one backward pass for each set of rules."""
     results: dict[Run, Attribution] = {}
     for rules, methods in settings.runs().items():
-        asked = of.loaded.model, batch.inputs, of.target(classes, settings), methods, NAMED_RULES[rules]
+        asked = of.loaded.model, batch.inputs, of.target(classes, settings.probability), methods, NAMED_RULES[rules]
         for method, result in attribute_many(*asked).items():
             results[method, rules if uses_gradients(method) else ""] = result
     return results
@@ -289,7 +295,7 @@ def deletions(
         removable[:, [0, -1]] = False
         yield deletion(of.answer, batch.inputs, scores, mask_tokens, removable=removable, **options)
     elif "drop" in settings.protocols:
-        yield deletion(dropping(of.loaded.model, of.answer), batch.inputs, scores, drop_tokens, **options)
+        yield deletion(of.answer_without, batch.inputs, scores, drop_tokens, **options)
     if not of.is_text and "paint" in settings.protocols:
         yield deletion(of.answer, batch.inputs, scores, occlude_patches, **options)
 
@@ -305,13 +311,15 @@ def check_methods(of: Subject, examples: Sequence[Example], settings: Settings) 
         raise ValueError(f"{settings.data} has no masks: leave the metric segmentation out, --metrics deletion")
     if settings.target == "true" and not all(example.labels for example in examples):
         raise ValueError(f"{settings.data} has no labels of {name}'s classes: take --target predicted")
+    if settings.probability and of.texts is not None:
+        raise ValueError(f"{name} answers with similarities, of which there are no probabilities to explain")
     for example in examples:
         batch, reasons = opened(of, [example], settings)
         if batch is not None:
             break
     else:
         raise ValueError(f"none of the {len(examples)} examples of {settings.data} can be opened; {reasons}")
-    target = of.target(batch.explained(settings.target), settings)
+    target = of.target(batch.explained(settings.target), settings.probability)
     for rules, methods in settings.runs().items():
         for method in methods:
             try:

@@ -26,7 +26,7 @@ from tqdm import tqdm
 from .batches import Settings, check_methods, measured, subject
 from .examples import Example, open_data
 from .files import only_one, whole_file
-from .models import LoadedModel, load_demo, load_pretrained
+from .models import DEMOS, LoadedModel, kind_of, load_demo, load_pretrained
 
 KEYS = ["example", "method", "rules", "protocol", "metric"]
 
@@ -68,7 +68,7 @@ def run(settings: Settings, folder: Path, device_map: str | None = None) -> Path
 
 
 def place_among_processes() -> tuple[int, int, torch.device]:
-    """Which process of how many this is, as accelerate, torchrun and Slurm's launchers say it, and its device."""
+    """Which process of how many this is, as accelerate and torchrun say it, and its device."""
     number, of, local = (int(os.environ.get(name, default)) for name, default in PLACE.items())
     if torch.cuda.is_available():
         return number, of, torch.device("cuda", local % torch.cuda.device_count())
@@ -79,22 +79,13 @@ PLACE = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
 
 
 def load(name: str, device: torch.device, device_map: str | None = None) -> LoadedModel:
-    """A demo by its kind; else a timm name, open_clip's NAME/TAG, or a language model's name or folder."""
-    if name in ("vit", "clip", "llama"):
-        loaded = load_demo(name)
-    else:
-        import open_clip
-        import timm
-
-        if timm.is_model(name.split(".")[0]):
-            loaded = load_pretrained("vit", name)
-        elif name.split("/")[0] in open_clip.list_models() or name.startswith("local-dir:"):
-            loaded = load_pretrained("clip", name)
-        else:
-            return load_pretrained("llama", name, device_map=device_map)
-    if device_map is not None:
-        raise ValueError(f"device_map spreads language models over devices; {name} is none")
-    loaded.model.to(device).requires_grad_(False)
+    """A demo by its kind, or a public model by its library's name for it."""
+    if device_map is not None and name in DEMOS:
+        raise ValueError(f"device_map spreads language models over devices; the demo {name} is too small for that")
+    loaded = load_demo(name) if name in DEMOS else load_pretrained(kind_of(name), name, device_map)
+    if device_map is None:
+        loaded.model.to(device)
+    loaded.model.requires_grad_(False)
     return loaded
 
 

@@ -81,6 +81,17 @@ def load_pretrained(kind: str, name: str, device_map: str | None = None) -> Load
     return load(name, device_map)
 
 
+def kind_of(name: str) -> str:
+    """Whose model a name is: "vit", timm's; "clip", open_clip's; else "llama", transformers'."""
+    import open_clip
+    import timm
+
+    if timm.is_model(name.split(".")[0]):
+        return "vit"
+    is_pair = name.split("/")[0] in open_clip.list_models() or name.startswith("local-dir:")
+    return "clip" if is_pair else "llama"
+
+
 # ---- ViT (timm) ----
 
 

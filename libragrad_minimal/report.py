@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import base64
-import io
 from collections.abc import Sequence
 from html import escape
 
@@ -11,6 +9,7 @@ import matplotlib.pyplot as plt
 import pandas as pd
 from matplotlib.figure import Figure
 
+from . import pages
 from .benchmark import skipped, summary
 
 SHOWN = ["MIF accuracy", "LIF accuracy", "SRG", "SRG (logit)", "AP", "pointing game"]
@@ -18,12 +17,6 @@ LOWER_IS_BETTER = {"completeness error"}
 NO_ORDER = {"output", "MIF AOPC", "LIF AOPC", "MIF log-odds", "LIF log-odds"}  # better means different things in them
 COLOURS = {"plain": "#7f7f7f", "libra": "#009e73", "": "black"}
 OTHERS = "#cc79a7"
-STYLE = """
-body{font-family:system-ui,sans-serif;max-width:72em;margin:2em auto;padding:0 1em;color-scheme:light dark}
-table{border-collapse:collapse;font-variant-numeric:tabular-nums}.wide{overflow-x:auto}
-td,th{padding:.2em .6em;text-align:right;border-bottom:1px solid #8884}td:first-child,th:first-child{text-align:left}
-img{max-width:100%;background:white}
-"""
 
 
 def columns(table: pd.DataFrame) -> pd.DataFrame:
@@ -61,14 +54,12 @@ def page(table: pd.DataFrame, settings: Sequence[tuple[str, str]]) -> str:
     examples = table.loc[table["metric"] != "skipped", "example"].nunique()
     body = [
         f"<p>{examples} examples. Mean ± standard error; the best of a column in bold where there is a best.</p>",
-        f'<img alt="{escape(alternative(cells))}" src="data:image/png;base64,{encoded(figure(table))}">',
+        pages.embedded(figure(table), alternative(cells)),
         f'<div class="wide">{html_table(cells)}</div>',
         f"<h2>Skipped: {len(left_out)}</h2><ul>{''.join(f'<li>{escape(reason)}</li>' for reason in left_out)}</ul>",
         f"<h2>Settings</h2><ul>{''.join(f'<li>{escape(name)}: {escape(value)}</li>' for name, value in settings)}</ul>",
     ]
-    head = '<meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>Benchmark</title>'
-    head += f"<style>{STYLE}</style>"
-    return f'<!doctype html><html lang="en"><head>{head}</head><body><h1>Benchmark</h1>{"".join(body)}</body></html>\n'
+    return pages.page("Benchmark", "".join(body))
 
 
 def html_table(cells: pd.DataFrame, shown: int | None = None) -> str:
@@ -114,9 +105,3 @@ def alternative(cells: pd.DataFrame) -> str:
             best = max(known.index, key=lambda run: known[run][0])
             said.append(f"by {column} {best} is highest with {known[best][0]:.3g}")
     return "Means with standard errors of every run; " + "; ".join(said)
-
-
-def encoded(drawn: Figure) -> str:
-    buffer = io.BytesIO()
-    drawn.savefig(buffer, format="png", dpi=110)
-    return base64.b64encode(buffer.getvalue()).decode()

@@ -263,6 +263,8 @@ def test_file_that_is_gone_when_its_turn_comes(odd_folder, tmp_path, monkeypatch
         (["--model", "no-such-model"], "no-such-model"),
         (["--methods", "Oracle"], "unknown method 'Oracle'"),
         (["--data", ""], "needs --model and --data"),
+        (["--model", "clip", "--probability"], "there are no probabilities to explain"),
+        (["--device-map", "auto"], "the demo vit is too small for that"),
     ],
 )
 def test_bad_input_is_told_before_work_starts(changes, message, tmp_path, capsys):
