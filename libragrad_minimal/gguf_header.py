@@ -8,11 +8,12 @@ https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 from __future__ import annotations
 
 import struct
-from collections.abc import Callable
 from math import prod
 from mmap import ACCESS_READ, mmap
 from pathlib import Path
 from typing import Any
+
+from .sentences import one_line
 
 VERSIONS = (2, 3)
 NUMBERS = dict(zip((0, 1, 2, 3, 4, 5, 6, 7, 10, 11, 12), "BbHhIif?Qqd", strict=True))  # a value's type -> struct's
@@ -30,10 +31,13 @@ def tensor_shapes(path: Path) -> dict[str, tuple[int, ...]]:
         ValueError: it is none, or is cut short or damaged: something in it would lie beyond its end.
         OSError: it can't be opened.
     """
-    if path.stat().st_size < 24:
-        raise ValueError("it is too short for a GGUF file")
-    with path.open("rb") as file, mmap(file.fileno(), 0, access=ACCESS_READ) as content:
-        return _Reader(content).tensor_shapes()
+    try:
+        if path.stat().st_size < 24:
+            raise ValueError("it is too short for a GGUF file")
+        with path.open("rb") as file, mmap(file.fileno(), 0, access=ACCESS_READ) as content:
+            return _Reader(content).tensor_shapes()
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} can't be read as GGUF: {one_line(error)}") from error
 
 
 class _Reader:

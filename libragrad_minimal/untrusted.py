@@ -119,8 +119,7 @@ def tensor_names(name: str) -> list[str]:
 
     place, gguf = place_of(name)
     if gguf:
-        with in_one_sentence(f"{name} can't be read as GGUF"):
-            return list(tensor_shapes(Path(cached_file(place, gguf["gguf_file"]))))
+        return list(tensor_shapes(Path(cached_file(place, gguf["gguf_file"]))))
     missing = ("missing_entries", "gated_repo", "connection_errors")
     optional = {f"_raise_exceptions_for_{what}": False for what in missing}
     with in_one_sentence(f"{name} has weights that can't be read as safetensors"):
