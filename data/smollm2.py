@@ -7,10 +7,10 @@
 
 The model is SmolLM2-135M-Instruct, from ../shared/models or, with --model, a hub's name, a folder or another .gguf
 file. A prompt counts as answered if the likeliest next token is the first visible one of the expected answer; only such
-are measured. Explained is always the likeliest token. The table has a row for every prompt, method, rules and metric. "begin" says what stands
-before the prompt (nothing, or the token that begins every message of a chat), "hidden" whether the first token is among
-those that deletion may hide. The last token, where the prediction is made, never is. A run that was stopped goes on
-where it was.
+are measured. Explained is always the likeliest token. The table has a row for every prompt, method, rules and metric.
+"begin" says what stands before the prompt (nothing, or the token that begins every message of a chat), "hidden" whether
+the first token is among those that deletion may hide. The last token, where the prediction is made, never is. A run
+that was stopped goes on where it was.
 """
 
 import argparse
@@ -195,7 +195,10 @@ def print_table() -> None:
     for (begin, answered, hidden), part in deleted.groupby(["begin", "answered", "hidden"]):
         print(f"\nbegin {begin!r}, {'answered' if answered else 'not answered'}, {hidden}, {part['prompt'].nunique()}")
         for (method, rules), rows in part.groupby(["method", "rules"], sort=False):
-            values = {name: mean_and_error(rows.loc[rows["metric"] == name, "value"].to_numpy()) for name in DELETION}
+            values = {
+                name: mean_and_error(torch.tensor(rows.loc[rows["metric"] == name, "value"].tolist()))
+                for name in DELETION
+            }
             print(f"{method:18}{rules:9}" + "".join(f"{m:8.1f} +- {e:4.1f}" for m, e in values.values()))
 
 

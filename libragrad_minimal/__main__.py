@@ -121,7 +121,7 @@ def parser() -> argparse.ArgumentParser:
     asked.add_argument("passage")
     asked.add_argument("--method", default="FullGrad", type=method_name, help=f"one of {', '.join(METHODS)}")
     asked.add_argument("--rules", choices=NAMED_RULES, help="how gradients flow back (default: libra, for IG plain)")
-    asked.add_argument("--model", default=MS_MARCO, help="a cross-encoder: a hub's name or a folder (default: %(default)s)")
+    asked.add_argument("--model", default=MS_MARCO, help="a cross-encoder, by name or folder (default: %(default)s)")
     asked.add_argument("-o", "--output", type=Path, default=Path("relevance.html"), help="default: %(default)s")
     asked.add_argument("--save-scores", type=Path, metavar="FILE.npz", help="the numbers behind the picture")
 
@@ -242,9 +242,7 @@ def clip_command(args: argparse.Namespace) -> int:
 
 def relevance_command(args: argparse.Namespace) -> int:
     check_output(args, STRIP_SUFFIXES)
-    found = relevance(
-        args.question, args.passage, load_cross_encoder(args.model), args.method, named_rules(args.rules)
-    )
+    found = relevance(args.question, args.passage, load_cross_encoder(args.model), args.method, named_rules(args.rules))
     strip = found.strip(f"why this passage answers this question, or not ({args.method})")
     write_strip(args.output, strip)
     report(args, found.attribution, ["relevance"])
