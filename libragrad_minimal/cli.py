@@ -545,7 +545,7 @@ def save_scores(
         "targets": titles,
     }
     buffer = io.BytesIO()
-    np.savez(buffer, grid=result.grid or (), targets=titles, **numbers, **names, **about)
+    np.savez(buffer, grid=result.grid or (), **numbers, **names, **about)
     path.parent.mkdir(parents=True, exist_ok=True)
     with whole_file(path) as beside:
         beside.write_bytes(buffer.getvalue())
