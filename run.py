@@ -70,16 +70,16 @@ def set_up(root: Path, cpu: bool = False) -> None:
 
 
 def announcement(cpu: bool) -> str:
-    """What is about to be downloaded, and how much."""
+    """What is about to be downloaded, and how much (summed over pip's report for Linux, November 2026)."""
     where = "The first run (or a changed pyproject.toml) fills .venv with the packages that pyproject.toml names: "
     if cpu:
-        return f"{where}\nPyTorch for the CPU from {CPU_WHEELS} and 9 GB from PyPI."
+        return f"{where}\nPyTorch for the CPU from {CPU_WHEELS} and 0.5 GB from PyPI."
     if sys.platform == "linux":
         return (
-            f"{where}\n9 GB from PyPI, 6.3 GB on disk, nearly all of it PyTorch with CUDA. Without an NVIDIA GPU "
-            "stop here (Ctrl-C) and add --cpu, which takes 9 GB and PyTorch for the CPU."
+            f"{where}\n3.4 GB from PyPI, 3.0 GB of them PyTorch with CUDA; more than 6 GB on disk. Without an NVIDIA GPU "
+            "stop here (Ctrl-C) and add --cpu: 0.5 GB, and PyTorch for the CPU alone."
         )
-    return f"{where}\n9 GB from PyPI, and PyTorch."
+    return f"{where}\n0.5 GB from PyPI, and PyTorch."
 
 
 def steps(root: Path, cpu: bool) -> list[list[str]]:

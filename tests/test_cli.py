@@ -446,6 +446,14 @@ def test_what_takes_longer_than_two_seconds_is_told_on_stderr(capsys, monkeypatc
     assert printed.err == "counting sheep ...\n" and printed.out == ""
 
 
+def test_a_terminal_shows_how_long_it_has_taken(capsys, monkeypatch):
+    monkeypatch.setattr(progress, "PATIENCE", 0.05)
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    with progress.telling("counting sheep"):
+        time.sleep(1.3)
+    assert capsys.readouterr().err == "\rcounting sheep ... 1 s\r\033[K"
+
+
 def test_control_c_ends_in_one_line(scene, tmp_path, capsys, monkeypatch):
     def interrupted(*_):
         raise KeyboardInterrupt
