@@ -76,8 +76,8 @@ def announcement(cpu: bool) -> str:
         return f"{where}\nPyTorch for the CPU from {CPU_WHEELS} and 0.5 GB from PyPI."
     if sys.platform == "linux":
         return (
-            f"{where}\n3.4 GB from PyPI, 3.0 GB of them PyTorch with CUDA; more than 6 GB on disk. Without an NVIDIA GPU "
-            "stop here (Ctrl-C) and add --cpu: 0.5 GB, and PyTorch for the CPU alone."
+            f"{where}\n3.4 GB from PyPI, 3.0 GB of them PyTorch with CUDA; more than 6 GB on disk. Without an NVIDIA "
+            "GPU stop here (Ctrl-C) and add --cpu: 0.5 GB, and PyTorch for the CPU alone."
         )
     return f"{where}\n0.5 GB from PyPI, and PyTorch."
 

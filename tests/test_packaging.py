@@ -71,6 +71,8 @@ def test_the_wheel_holds_the_library_and_the_demo_models_and_nothing_else(wheel)
     ]
     names = {name for name in ZipFile(wheel).namelist() if ".dist-info/" not in name}
     assert names == {*library, "libragrad_minimal/py.typed", *data}
+    (scripts,) = (name for name in ZipFile(wheel).namelist() if name.endswith("/entry_points.txt"))
+    assert b"libragrad = libragrad_minimal.__main__:main" in ZipFile(wheel).read(scripts)
 
 
 BARE = """
