@@ -361,6 +361,7 @@ def relevance(asked: Asked, question: str, passage: str) -> int:
     """Which words make a passage answer a question."""
     ((place, scores),) = asked.figure_and_scores(["attribution"], [".html", *KINDS])
     name = asked.model or MS_MARCO
+    bars_in_terminals_only()
     with telling(f"loading {name}"):
         encoder = load_cross_encoder(name)
     with telling("explaining the answer"):
@@ -507,10 +508,8 @@ def benchmark(device_map, csv, compare, output, **given) -> int:  # fmt: skip
 
 def load(kind: str, name: str | None) -> LoadedModel:
     """The demo model only for who asks for it."""
-    if kind == "llama" and not sys.stderr.isatty():
-        from transformers.utils.logging import disable_progress_bar
-
-        disable_progress_bar()
+    if kind == "llama":
+        bars_in_terminals_only()
     if name == "demo":
         try:
             return load_demo(kind)
@@ -527,6 +526,14 @@ def load(kind: str, name: str | None) -> LoadedModel:
             f"HF_HUB_OFFLINE){size}, name a model that is here, --model NAME, or take the demo model, --model demo, "
             f"which knows {DEMO_KNOWS[kind]}"
         ) from error
+
+
+def bars_in_terminals_only() -> None:
+    """Those of transformers, which fill a log otherwise."""
+    if not sys.stderr.isatty():
+        from transformers.utils.logging import disable_progress_bar
+
+        disable_progress_bar()
 
 
 def picture_sources(photos: Sequence[str]) -> list[str]:

@@ -91,7 +91,7 @@ def test_the_command(folder, tmp_path, capsys):
     assert cli.main(asked) == 0
     printed, page = capsys.readouterr().out, out.read_text(encoding="utf-8")
     assert "completeness error" in printed and "linda" in page and "<b>" not in page
-    assert cli.main([*asked[:2], " ", *asked[3:]]) == 2
+    assert cli.main([*asked[:2], " ", *asked[3:], "--overwrite"]) == 2
     assert "error: the passage is empty" in capsys.readouterr().err
 
 
