@@ -8,7 +8,7 @@ from torch import nn
 
 from libragrad_minimal import sweep as sweeping
 from libragrad_minimal import zoo
-from libragrad_minimal.__main__ import main
+from libragrad_minimal.cli import main
 from libragrad_minimal.sweep import (
     COLUMNS,
     Bounds,
@@ -224,7 +224,7 @@ def test_command(tmp_path, capsys):
 
 @pytest.mark.parametrize(
     ("arguments", "said"),
-    [(["--pattern", "nothing*"], "no model that matches"), (["-o", "/nowhere/table.csv"], "doesn't exist")],
+    [(["--pattern", "nothing*"], "no model that matches"), (["-o", "/proc/no/table.csv"], "can't write into /proc/no")],
 )
 def test_bad_arguments(arguments, said, capsys):
     assert main(["sweep", "timm", *arguments]) == 2
