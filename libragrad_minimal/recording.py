@@ -481,8 +481,7 @@ def answered(request: Request, residuals: bool) -> Tensor:
     model, inputs = request.model, request.inputs
     rows = chosen_rows(model, inputs, request.target, request.readout)
     kept, rows = kept_rows(model, inputs, rows)
-    eager = torch.compiler.set_stance("force_eager")
-    with torch.no_grad(), eager, unfused(model), observed(residuals=residuals):
+    with torch.no_grad(), unfused(model), observed(residuals=residuals):
         answer = call(model, inputs, kept)
         if rows is not None:
             number = None if kept is None else len(kept)
@@ -626,7 +625,7 @@ class Passed:
             second=self.second[0] if self.second else None,
             layout=layout,
             axes=axes,
-            valid=valid_tokens(inputs.mask, layout, samples, length).to(output.device),
+            valid=valid_tokens(self.mask(inputs, output, layout), layout, samples, length).to(output.device),
             is_text=inputs.picture is None or inputs.text is not None,
             left=self.left,
             entered=self.entered,
@@ -636,16 +635,31 @@ class Passed:
             again=partial(record, request, self.changed),
         )
 
+    def mask(self, inputs: Inputs, output: Tensor, layout: Layout) -> Tensor | None:
+        """(B, parts), 0 at padding: the usual mask, else one of a name of its own.
+
+        Whether 0 or 1 is padding in the latter, the output tells, which doesn't feel padding at all.
+        """
+        own = own_masks(inputs)
+        if inputs.mask is not None or not own:
+            return inputs.mask
+        (gradient,) = torch.autograd.grad(output.sum(), self.stream[0], retain_graph=True)
+        felt = layout.pick((layout.axes.arrange(gradient) != 0).any(-1))
+        own = [mask for mask in own if mask.shape == felt.shape]
+        sides = (side.to(felt.device) for mask in own for side in (mask, ~mask))
+        return next((side for side in sides if felt[side].any() and not felt[~side].any()), None)
+
     def check(self, output: Tensor) -> None:
         """Did the blocks run, one after another, and does the output come from them?"""
         name = name_of(self.request.model)
         if not self.stream:
             raise ValueError(f"{name} ran none of its blocks on this input; name those that run, blocks=[...]")
-        if output.grad_fn is None:
+        first = get_gradient_edge(self.stream[0]).node
+        reached = set() if output.grad_fn is None else dependents([output.grad_fn], first)
+        if first not in reached:
             raise ValueError(
                 f"what is explained doesn't depend on the blocks of {name}: is it detached, or of another tower?"
             )
-        reached = dependents([output.grad_fn], get_gradient_edge(self.stream[0]).node)
         apart = [
             i for i, h in enumerate(self.stream) if not h.requires_grad or get_gradient_edge(h).node not in reached
         ]
@@ -700,6 +714,13 @@ def with_tokens(result: Any, tokens: Tensor) -> Any:
         return tokens
     place = token_place(result, tokens.shape)
     return type(result)(tokens if i == place else part for i, part in enumerate(result))
+
+
+def own_masks(inputs: Inputs) -> list[Tensor]:
+    """Arguments (B, parts) that may tell of padding: called a mask, with zeros and ones."""
+    named = (tensor for name, tensor in inputs.tensors.items() if "mask" in name and tensor.dim() == 2)
+    masks = [tensor.bool() for tensor in named if ((tensor == 0) | (tensor == 1)).all()]
+    return [mask for mask in masks if mask.any() and not mask.all()]
 
 
 def valid_tokens(mask: Tensor | None, layout: Layout, samples: int, length: int) -> Tensor:

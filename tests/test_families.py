@@ -8,6 +8,7 @@ from measuring import memory
 from small_models import IDS, PICTURES, TEXT, perturbed
 
 from libragrad_minimal import Against, Probability, UnsupportedOperation, attribute, libra_grad
+from libragrad_minimal.attribution import attribute_many
 
 
 def picture_model():
@@ -216,6 +217,11 @@ def test_parts_in_training_mode_and_caches_are_refused():
     assert cache.get_seq_length() == 4
 
 
+def runs_backward(answer):
+    answer.sum().backward(retain_graph=True)
+    return answer[:, 1]
+
+
 @pytest.mark.parametrize(
     "options, message",
     [
@@ -226,8 +232,37 @@ def test_parts_in_training_mode_and_caches_are_refused():
         (dict(target=1, method="IG", steps=1.5), "steps must be a whole number"),
         (dict(target=1, method=["IxG"]), "unknown method"),
         (dict(target=1, rules="libra"), "rules must be LIBRA"),
+        (dict(target=lambda a: a[:, 1].to_sparse()), "sparse_coo.*to_dense"),
+        (dict(target=lambda a: a[:, 1].long()), "floating-point numbers, got torch.int64"),
+        (dict(target=lambda a: a[:, 1] * 1j), "floating-point numbers, got torch.complex64"),
+        (dict(target=lambda a: a[:, 1:3]), r"one number per sample \(2,\), got \(2, 2\)"),
+        (dict(target=lambda a: a[0, 1]), r"one number per sample \(2,\), got \(\)"),
+        (dict(target=lambda a: a[:, 1].tolist()), "one number per sample.*got list"),
+        (dict(target=lambda a: a.nonsense), "the target function fails on the model's answer: AttributeError"),
+        (dict(target=lambda a: a[:, 1].detach()), "doesn't depend on the blocks"),
+        (dict(target=lambda a: torch.ones(2)), "doesn't depend on the blocks"),
+        (dict(target=lambda a: torch.ones(2, requires_grad=True) * 2), "doesn't depend on the blocks"),
+        (dict(target=runs_backward), "the target function runs a backward pass"),
     ],
 )
 def test_slips_of_type(options, message):
+    model = picture_model()
     with pytest.raises(ValueError, match=message):
-        attribute(picture_model(), PICTURES, **options)
+        attribute(model, PICTURES, **options)
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+@pytest.mark.parametrize(
+    ("methods", "message"),
+    [
+        ({"IxG": None}, "options of IxG must be a dict.*got None"),
+        ({"IxG": 3}, "options of IxG must be a dict.*got 3"),
+        ({"IxG": ["layer"]}, r"options of IxG must be a dict.*\['layer'\]"),
+        ({"IxG": {1: 2}}, "IxG has no option 1"),
+        ([["IxG"]], r"unknown method \['IxG'\]"),
+        (["IxG", None], "unknown method None"),
+    ],
+)
+def test_slips_in_options_of_many(methods, message):
+    with pytest.raises(ValueError, match=message):
+        attribute_many(picture_model(), PICTURES, 1, methods)
