@@ -363,7 +363,7 @@ def check_batch(model: nn.Module, inputs: Inputs) -> None:
             raise ValueError(
                 f"pictures must be floating-point numbers, got {one.dtype}: convert and normalise them first"
             )
-        if one.dim() == 3:
+        if one.dim() == 3 and "spatial_shapes" not in named:  # which tells of flat patches
             raise ValueError(
                 f"pictures need four dimensions, (B, 3, H, W), got {tuple(one.shape)}: add the one of samples, "
                 "picture[None]"

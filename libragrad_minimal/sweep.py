@@ -25,6 +25,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import get_gradient_edge
 from tqdm import tqdm
 
 from .attribution import Attribution, attribute
@@ -33,7 +34,7 @@ from .families import Inputs, call, explains_picture_for_texts
 from .files import only_one, whole_file
 from .layout import first_tokens, layout_of
 from .readout import chosen_rows, explained, kept_rows
-from .streams import find_streams, removed
+from .streams import find_streams, removed, topological
 from .zoo import Case, NotBuilt, build
 
 COLUMNS = (
@@ -105,8 +106,8 @@ def incompleteness(case: Case) -> tuple[Tensor, float]:
     with removed(hooks), observed():
         output = explained_number(case, inputs)
     first = output[0]
-    used = torch.autograd.grad(first, leaves, retain_graph=True, allow_unused=True) if leaves else ()
-    leaves = [leaf for leaf, gradient in zip(leaves, used, strict=True) if gradient is not None]
+    below = set(topological([first.grad_fn])) if first.grad_fn is not None else set()
+    leaves = [leaf for leaf in leaves if get_gradient_edge(leaf).node in below]
     if not leaves:
         raise ValueError("nothing that the model is given reaches its answer")
     constants = additive_constants(first, leaves)
@@ -125,7 +126,7 @@ def word_embeddings(model: Any) -> list[nn.Module]:
         named = model.get_input_embeddings()
     except (AttributeError, NotImplementedError):
         named = getattr(model, "token_embedding", None)
-    if named is None:
+    if not isinstance(named, nn.Module):
         return [module for module in model.modules() if isinstance(module, nn.Embedding)]
     weight = getattr(named, "weight", None)
     tied = [m for m in model.modules() if isinstance(m, nn.Embedding) and m.weight is weight and m is not named]

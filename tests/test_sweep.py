@@ -9,6 +9,7 @@ from torch import nn
 from libragrad_minimal import sweep as sweeping
 from libragrad_minimal import zoo
 from libragrad_minimal.__main__ import main
+from libragrad_minimal.small_configs import LAYERS, SMALL, WIDTH, small_config
 from libragrad_minimal.sweep import (
     COLUMNS,
     Bounds,
@@ -60,8 +61,8 @@ def test_parts_of_a_configuration_keep_what_the_whole_says():
     from transformers import DetrConfig, RTDetrConfig
 
     for config in (DetrConfig(), RTDetrConfig()):
-        small = zoo.small_config(config, pictures=False)
-        assert (small.d_model, small.encoder_layers) == (zoo.WIDTH, zoo.LAYERS)
+        small = small_config(config, pictures=False)
+        assert (small.d_model, small.encoder_layers) == (WIDTH, LAYERS)
         said, kept = config.backbone_config, small.backbone_config
         assert kept.model_type == said.model_type
         assert len(said.out_indices) == 1 or kept.out_indices == said.out_indices
@@ -72,8 +73,8 @@ def test_filled_configurations_have_less_of_none():
     from transformers import GPT2Config
 
     assert GPT2Config().n_inner is None
-    assert zoo.small_config(GPT2Config(), pictures=False).n_inner is None
-    assert zoo.small_config(GPT2Config(), pictures=False, filled=True).n_inner == zoo.SMALL["n_inner"]
+    assert small_config(GPT2Config(), pictures=False).n_inner is None
+    assert small_config(GPT2Config(), pictures=False, filled=True).n_inner == SMALL["n_inner"]
 
 
 # ---- does it find what is wrong? -------------------------------------------------------------------------------------
