@@ -191,7 +191,7 @@ def picked(target: Callable[[Any], Any], answer: Any, samples: int) -> Tensor:
             "computed afterwards"
         )
 
-    hooks = [tensor.register_hook(refuse) for tensor in tensors_in(answer) if tensor.requires_grad]
+    hooks = (tensor.register_hook(refuse) for tensor in tensors_in(answer) if tensor.requires_grad)
     with removed(hooks), blamed("the target function fails on the model's answer"):
         output = target(answer)
     if not isinstance(output, Tensor) or output.shape != (samples,):

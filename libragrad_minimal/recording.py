@@ -437,7 +437,7 @@ def caught_map_gradients(maps: list[AttentionMap]) -> Iterator[dict[int, Tensor]
 
         return place.product.register_prehook(hook)
 
-    with removed([catch(i, place) for i, place in enumerate(maps)]):
+    with removed(catch(i, place) for i, place in enumerate(maps)):
         yield found
 
 
@@ -449,7 +449,7 @@ def gradients_given(given: Mapping[Tensor, Tensor]) -> Iterator[None]:
         return lambda arriving: tuple(gradient if i == place else g for i, g in enumerate(arriving))
 
     edges = {get_gradient_edge(tensor): gradient for tensor, gradient in given.items()}
-    with removed([edge.node.register_prehook(give(edge.output_nr, g)) for edge, g in edges.items()]):
+    with removed(edge.node.register_prehook(give(edge.output_nr, g)) for edge, g in edges.items()):
         yield
 
 
@@ -546,16 +546,15 @@ class Passed:
     returned: list[Any] = field(default_factory=list)
     second: list[Tensor] = field(default_factory=list)
 
-    def hooks(self) -> list[Any]:
+    def hooks(self) -> Iterator[Any]:
         blocks = set(self.streams.blocks)
-        others = set(self.streams.second) - blocks
-        start = [] if self.start is None else [self.start]
-        return [
-            *(block.register_forward_pre_hook(self.enter, with_kwargs=True) for block in blocks),
-            *(block.register_forward_hook(self.leave, with_kwargs=True) for block in blocks),
-            *(block.register_forward_pre_hook(self.enter_second, with_kwargs=True) for block in others),
-            *(module.register_forward_pre_hook(self.enter_start, with_kwargs=True) for module in start),
-        ]
+        for block in blocks:
+            yield block.register_forward_pre_hook(self.enter, with_kwargs=True)
+            yield block.register_forward_hook(self.leave, with_kwargs=True)
+        for block in set(self.streams.second) - blocks:
+            yield block.register_forward_pre_hook(self.enter_second, with_kwargs=True)
+        if self.start is not None:
+            yield self.start.register_forward_pre_hook(self.enter_start, with_kwargs=True)
 
     def begin(self, h: Tensor) -> Tensor:
         """Everything before the first block is the input: the graph begins at its tokens."""
@@ -658,7 +657,8 @@ class Passed:
         reached = set() if output.grad_fn is None else dependents([output.grad_fn], first)
         if first not in reached:
             raise ValueError(
-                f"what is explained doesn't depend on the blocks of {name}: is it detached, or of another tower?"
+                f"what is explained doesn't depend on the blocks of {name}: is it detached, of another "
+                "tower, or made by layers without a gradient, as some quantised ones are?"
             )
         apart = [
             i for i, h in enumerate(self.stream) if not h.requires_grad or get_gradient_edge(h).node not in reached

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -245,14 +245,13 @@ def look_round(model: nn.Module, inputs: Inputs, lists: dict[str, list[nn.Module
         one.left = None if tensor is None else tensor.grad_fn
         one.exits = [part.grad_fn for part in tensors_in(result) if part.grad_fn is not None]
 
-    hooks = [m.register_forward_hook(embed) for m in plain(model).modules() if isinstance(m, nn.Embedding)]
-    hooks += [
-        block.register_forward_pre_hook(enter(name), with_kwargs=True)
-        for name, blocks in lists.items()
-        for block in blocks
-    ]
-    hooks += [block.register_forward_hook(leave) for blocks in lists.values() for block in blocks]
-    with removed(hooks), torch.enable_grad(), saved_tensors_hooks(lambda tensor: None, lambda nothing: nothing):
+    def hooks() -> Iterator[Any]:
+        yield from (m.register_forward_hook(embed) for m in plain(model).modules() if isinstance(m, nn.Embedding))
+        for name, block in ((name, block) for name, blocks in lists.items() for block in blocks):
+            yield block.register_forward_pre_hook(enter(name), with_kwargs=True)
+            yield block.register_forward_hook(leave)
+
+    with removed(hooks()), torch.enable_grad(), saved_tensors_hooks(lambda tensor: None, lambda nothing: nothing):
         answer = call(model, inputs, one_row(model, inputs))
     return answer, roots, calls
 
@@ -276,12 +275,24 @@ def led_past(answer: Any, roots: Roots, calls: list[Call]) -> tuple[str, ...]:
 
 
 @contextmanager
-def removed(hooks: list):
+def removed(hooks: Iterable[Any]) -> Iterator[None]:
+    """Inside, these hooks are on; a generator registers them here, so that an interrupt leaves none of them behind."""
+    registered: list[Any] = []
     try:
+        registered.extend(hooks)
         yield
     finally:
-        for hook in hooks:
-            hook.remove()
+        take_off(registered)
+
+
+def take_off(hooks: list[Any]) -> None:
+    try:
+        while hooks:
+            hooks[-1].remove()
+            hooks.pop()
+    except KeyboardInterrupt:  # between two of them
+        take_off(hooks)
+        raise
 
 
 def tensors_in(answer: Any) -> list[Tensor]:

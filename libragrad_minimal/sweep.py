@@ -41,11 +41,17 @@ COLUMNS = (
     "model kind engine engine_detail engine_error attribute attribute_detail attribute_error grid seconds megabytes "
     "library torch libragrad_minimal"
 ).split()
-DISTRIBUTIONS = {"timm": "timm", "transformers": "transformers", "open_clip": "open_clip_torch"}
+DISTRIBUTIONS = {
+    "timm": "timm",
+    "transformers": "transformers",
+    "open_clip": "open_clip_torch",
+    "treated": "transformers",
+}
 IMPORTED_FIRST = {  # once for all processes: what takes seconds
     "timm": ["timm"],
     "transformers": ["transformers.models.auto.modeling_auto", "transformers.models.llava.modeling_llava"],
     "open_clip": ["open_clip"],
+    "treated": ["transformers.models.auto.modeling_auto"],
 }
 COMPLETE, REFUSED, RAW, WRONG = "complete", "refused", "raw exception", "wrong"
 INCOMPLETE = "incomplete, and says so"
@@ -102,7 +108,7 @@ def incompleteness(case: Case) -> tuple[Tensor, float]:
     def embed(module, args, result):
         return leaf(result) if isinstance(result, Tensor) else (leaf(result[0]), *result[1:])
 
-    hooks = [module.register_forward_hook(embed) for module in embeddings]
+    hooks = (module.register_forward_hook(embed) for module in embeddings)
     with removed(hooks), observed():
         output = explained_number(case, inputs)
     first = output[0]
@@ -391,7 +397,7 @@ class Table:
     def __init__(self, path: Path, library: str) -> None:
         self.path = path
         self.versions = {
-            "library": f"{library} {version(DISTRIBUTIONS[library])}",
+            "library": f"{library} {version(DISTRIBUTIONS.get(library, 'transformers'))}",
             "torch": torch.__version__,
             "libragrad_minimal": version("libragrad_minimal"),
         }

@@ -17,8 +17,9 @@ from torch import Tensor, nn
 from .families import Inputs, call, embedding_of, generates
 from .made_inputs import INPUTS
 from .small_configs import LAYERS, WORDS, part_for, small_config
+from .treatments import TREATMENTS
 
-LIBRARIES = ("timm", "transformers", "open_clip")
+LIBRARIES = ("timm", "transformers", "open_clip", "treated")  # the last: one small Llama in many ways
 ATTENTION = re.compile(r"att(entio)?n|mhsa|gpsa|litemla", re.I)
 CHANNELS_ALONE = re.compile(
     r"selectivekernel|squeeze|effnet_?attn|nonlocal|^(se|eca|cbam|split|channel|spatial)\w*att", re.I
@@ -57,6 +58,8 @@ def registered(library: str, pattern: str = "*", few: int | None = None) -> list
         names = timm_names(pattern, few)
     elif library == "transformers":
         names = [name for name in transformers_heads() if fnmatch.fnmatch(name, pattern)]
+    elif library == "treated":
+        names = [name for name in TREATMENTS if fnmatch.fnmatch(name, pattern)]
     else:
         import open_clip
 
@@ -68,7 +71,8 @@ def registered(library: str, pattern: str = "*", few: int | None = None) -> list
 def build(library: str, name: str) -> Case:
     """A small model of that name, perturbed, in eval mode. Raises NotBuilt."""
     torch.manual_seed(0)
-    return {"timm": timm_case, "transformers": transformers_case, "open_clip": open_clip_case}[library](name)
+    cases = {"timm": timm_case, "transformers": transformers_case, "open_clip": open_clip_case, "treated": treated_case}
+    return cases[library](name)
 
 
 def perturbed(model: nn.Module) -> nn.Module:
@@ -226,6 +230,14 @@ def transformers_case(name: str) -> Case:
             except Exception as error:  # these inputs don't fit; the next may
                 failures.append(f"runs on none of the inputs made for it: {type(error).__name__}: {error}")
     raise NotBuilt(failures[0])
+
+
+def treated_case(name: str) -> Case:
+    case = transformers_case("decoder llama")
+    try:
+        return asked("decoder", TREATMENTS[name](case.model).eval(), case.inputs)
+    except ImportError as error:
+        raise NotBuilt(f"needs a package that isn't installed: {error}") from error
 
 
 # ---- open_clip -------------------------------------------------------------------------------------------------------

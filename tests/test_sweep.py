@@ -1,6 +1,7 @@
 """The sweep: a fixed sample of every kind of model; it tells what is wrong, goes on, and stays in its bounds."""
 
 import csv
+import sys
 
 import pytest
 import torch
@@ -43,6 +44,7 @@ SAMPLE = {
         "vision-language smolvlm",
     ],
     "open_clip": ["ViT-B-32 picture", "ViT-B-32 text"],
+    "treated": ["as it is", "checkpointed", "in memory until needed (accelerate)"],
 }
 
 
@@ -50,6 +52,12 @@ SAMPLE = {
 def test_sample(library, name):
     row = verdicts(library, name)
     assert (row["engine"], row["attribute"]) == ("complete", "complete"), row
+
+
+def test_models_that_a_package_is_missing_for_say_so(monkeypatch):
+    monkeypatch.setitem(sys.modules, "peft", None)
+    row = verdicts("treated", "LoRA (peft)")
+    assert (row["engine"], "needs a package" in row["engine_detail"]) == ("not built", True)
 
 
 def test_every_name_of_the_sample_is_registered():
