@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from .added_constants import precise
 from .engine import LIBRA, Rules
+from .engine.checks import explained_errors
 from .families import Inputs, check_inputs, explains_picture_for_texts, name_of
 from .methods import METHODS, check_method, default_rules, reads_of
 from .readout import check_target, checked_readout
@@ -112,7 +113,7 @@ def attribute_many(
     """
     if isinstance(methods, str) or not isinstance(methods, Iterable):
         raise ValueError(f"methods must be names in a list, or a dict of names with options, got {methods!r}")
-    named = methods.items() if isinstance(methods, Mapping) else [(name, {}) for name in methods]
+    named: list[tuple[Any, Any]] = [*methods.items()] if isinstance(methods, Mapping) else [(m, {}) for m in methods]
     for name, options in named:
         check_method(name, options)
     methods = dict(named)
@@ -136,7 +137,7 @@ def attribute_many(
 
 def attribution(run: Recording, name: str, options: Mapping[str, Any]) -> Attribution:
     """One method's result, as users see it."""
-    with torch.enable_grad():
+    with torch.enable_grad(), explained_errors():
         result = METHODS[name](run, **options)
     output, layout = run.output.detach(), run.layout
     total = torch.full_like(output, torch.nan) if result.total is None else result.total.detach()

@@ -198,8 +198,8 @@ def picked(target: Callable[[Any], Any], answer: Any, samples: int) -> Tensor:
         found = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
         raise ValueError(f"target(answer) must be one number per sample ({samples},), got {found}")
     if output.layout != torch.strided or not output.is_floating_point():
-        found = output.dtype if output.layout == torch.strided else f"{output.layout}, of which .to_dense() makes them"
-        raise ValueError(f"target(answer) must be ordinary floating-point numbers, got {found}")
+        kind = output.dtype if output.layout == torch.strided else f"{output.layout}, of which .to_dense() makes them"
+        raise ValueError(f"target(answer) must be ordinary floating-point numbers, got {kind}")
     return output
 
 

@@ -30,10 +30,10 @@ from tqdm import tqdm
 
 from .attribution import Attribution, attribute
 from .engine import UnsupportedOperation, additive_constants, libra_grad, observed
-from .families import Inputs, call, explains_picture_for_texts
+from .families import Inputs, call, explains_picture_for_texts, name_of
 from .files import only_one, whole_file
 from .layout import first_tokens, layout_of
-from .readout import chosen_rows, explained, kept_rows
+from .readout import chosen_rows, explained, kept_rows, rows_of_answer
 from .streams import find_streams, removed, topological
 from .zoo import Case, NotBuilt, build
 
@@ -143,6 +143,9 @@ def explained_number(case: Case, inputs: Inputs) -> Tensor:
     rows = chosen_rows(case.model, inputs, case.target, case.readout)
     kept, rows = kept_rows(case.model, inputs, rows)
     answer = call(case.model, inputs, kept)
+    if rows is not None:
+        number = None if kept is None else len(kept)
+        rows = rows_of_answer(name_of(case.model), inputs, answer, case.readout, rows, number)
     target = case.target.to(answer_type(answer)) if isinstance(case.target, Tensor) else case.target
     return explained(case.model, answer, target, case.readout, rows, inputs.samples)
 
