@@ -266,14 +266,15 @@ def one_row(model: nn.Module, inputs: Inputs) -> Tensor | None:
 
 
 def led_past(answer: Any, roots: Roots, calls: list[Call]) -> tuple[str, ...]:
-    """The arguments that come to the answer both through these blocks and past all of them."""
+    """The arguments that come to the answer both through these blocks and past all of them and what lies between."""
     if not isinstance(answer, Tensor):  # of many parts; a function picks, and those that are usually picked are asked
         vector = embedding_of(answer)
         answer = getattr(answer, "last_hidden_state", None) if vector is None else vector
     if answer is None or answer.grad_fn is None:
         return ()
     through = set(topological([one.entered for one in calls if one.entered is not None]))
-    past = set(topological([answer.grad_fn], stop={node for one in calls for node in one.exits}))
+    between = {one.source for one in calls if one.source is not None} - {calls[0].source if calls else None}
+    past = set(topological([answer.grad_fn], stop=between | {node for one in calls for node in one.exits}))
     return tuple(sorted({roots[root] for root in past & set(roots)} & {roots[root] for root in through & set(roots)}))
 
 
