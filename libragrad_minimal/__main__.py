@@ -33,7 +33,7 @@ try:
     from PIL import Image
 
     from .files import whole_file
-    from .models import LoadedModel, load_demo, load_pretrained, token_texts
+    from .models import LoadedModel, load_demo, load_pretrained, seen_picture, token_texts
     from .pages import embedded, page
     from .pictures import open_picture
     from .plots import Strip, TokenStrips, heatmaps
@@ -508,16 +508,6 @@ def picture_figure(loaded: LoadedModel, pixels: Tensor, result: Attribution, tit
         for i, title in enumerate(titles)
     }
     return heatmaps([seen_picture(loaded, pixels)], maps, size=2.4)
-
-
-def seen_picture(loaded: LoadedModel, pixels: Tensor) -> np.ndarray:
-    """(H, W, 3) uint8 from the model's input, its normalisation undone."""
-    normalise = [
-        step for step in getattr(loaded.transform, "transforms", []) if hasattr(step, "mean") and hasattr(step, "std")
-    ]
-    mean, std = (normalise[-1].mean, normalise[-1].std) if normalise else (0.5, 0.5)
-    mean, std = (torch.as_tensor(value, dtype=pixels.dtype).reshape(-1, 1, 1) for value in (mean, std))
-    return ((pixels * std + mean).clamp(0, 1) * 255).byte().permute(1, 2, 0).numpy()
 
 
 def report(args: argparse.Namespace, result: Attribution, titles: list[str]) -> None:

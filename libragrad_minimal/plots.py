@@ -171,7 +171,7 @@ def heatmaps(
         grid[row, 0].imshow(picture)
         grid[row, 0].set_ylabel(row_titles[row] if row < len(row_titles) else "")
         for axes, maps in zip(grid[row, 1:], columns.values(), strict=True):
-            _show_map(axes, np.asarray(picture), np.asarray(maps[row], dtype=float))
+            axes.imshow(blended(np.asarray(picture), np.asarray(maps[row], dtype=float)))
     for axes, title in zip(grid[0], ["picture", *columns], strict=True):
         axes.set_title(fill(title, int(14 * size)), fontsize=10)
     for axes in grid.flat:
@@ -211,20 +211,29 @@ def prompt_maps(
         grid[row, 0].set_ylabel(row_titles[row] if row < len(row_titles) else "")
         full = np.quantile(np.abs(np.asarray(scores)), 0.98) or 1
         for axes, title, one in zip(grid[row, 1:], titles, scores, strict=False):
-            _show_map(axes, np.asarray(picture), np.asarray(one, dtype=float), full)
+            axes.imshow(blended(np.asarray(picture), np.asarray(one, dtype=float), full))
             axes.set_title(fill(title, int(14 * size)), fontsize=10, parse_math=False)
     figure.tight_layout(pad=0.4)
     plt.close(figure)
     return figure
 
 
-def _show_map(axes: plt.Axes, picture: np.ndarray, scores: np.ndarray, full: float | None = None) -> None:
+def blended(picture: np.ndarray, scores: np.ndarray, full: float | None = None) -> np.ndarray:
+    """A score map over its greyed picture: orange speaks for the output, blue against it.
+
+    Args:
+        picture: (H, W, 3) in 0..255.
+        scores: (h, w), smoothed to the picture's size.
+        full: the |score| of full colour; default: the map's 98th percentile, as one outlying patch would make all
+            others pale.
+    Returns:
+        (H, W, 3), uint8.
+    """
     height, width = picture.shape[:2]
     smooth = Image.fromarray(scores.astype(np.float32)).resize((width, height), Image.Resampling.BICUBIC)
     strength = np.asarray(smooth)[..., None]
-    # full colour not only at the largest: one outlying patch would make all others pale
     full = full or np.quantile(np.abs(strength), 0.98) or 1
     opacity = np.minimum(np.abs(strength) / full, 1)
     background = 150 + 0.4 * picture.mean(axis=2, keepdims=True)
-    blended = background * (1 - opacity) + np.where(strength > 0, POSITIVE, NEGATIVE) * opacity
-    axes.imshow(blended.astype(np.uint8))
+    colours = np.where(strength > 0, POSITIVE, NEGATIVE)
+    return (background * (1 - opacity) + colours * opacity).astype(np.uint8)
