@@ -1,4 +1,4 @@
-"""The explorer follows its menus, shows what `attribute` gives, and refuses in a sentence; hover texts are the scores."""
+"""The explorer follows its menus, shows what `attribute` gives, refuses in a sentence; hover texts are the scores."""
 
 import re
 
