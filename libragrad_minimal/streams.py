@@ -8,8 +8,9 @@ given reaches the answer. Blocks are the members of a list whose inputs are sepa
 from __future__ import annotations
 
 import re
+import threading
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -209,16 +210,28 @@ def look_round(model: nn.Module, inputs: Inputs, lists: dict[str, list[nn.Module
         tensor = next((part for part in several if tuple(part.shape) == one.shape), several[0] if several else None)
         one.left = None if tensor is None else tensor.grad_fn
 
-    hooks = [m.register_forward_hook(embed) for m in plain(model).modules() if isinstance(m, nn.Embedding)]
+    hooks = [
+        m.register_forward_hook(in_this_thread(embed)) for m in plain(model).modules() if isinstance(m, nn.Embedding)
+    ]
     hooks += [
-        block.register_forward_pre_hook(enter(name), with_kwargs=True)
+        block.register_forward_pre_hook(in_this_thread(enter(name)), with_kwargs=True)
         for name, blocks in lists.items()
         for block in blocks
     ]
-    hooks += [block.register_forward_hook(leave) for blocks in lists.values() for block in blocks]
+    hooks += [block.register_forward_hook(in_this_thread(leave)) for blocks in lists.values() for block in blocks]
     with removed(hooks), torch.enable_grad():
         answer = call(model, inputs)
     return answer, roots, calls
+
+
+def in_this_thread(hook: Callable) -> Callable:
+    """The hook for the runs of the thread that sets it: others may be running the same model."""
+    thread = threading.get_ident()
+
+    def own_runs(*args):
+        return hook(*args) if threading.get_ident() == thread else None
+
+    return own_runs
 
 
 @contextmanager
