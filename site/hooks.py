@@ -1,4 +1,4 @@
-"""What MkDocs is told beyond its configuration: where the pages lie, and how formulas become MathML, without scripts."""
+"""What MkDocs is told beyond its configuration: where the pages lie, and how formulas become MathML."""
 
 import posixpath
 import re
