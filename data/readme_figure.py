@@ -1,6 +1,6 @@
-"""Draw the README's picture: photographs, a prompt and sentences, each explained by plain and by balanced gradients.
+"""Draw the README's pictures: photographs, a prompt and sentences, by plain and balanced gradients; and every method.
 
-python data/readme_figure.py    # writes data/readme_figure.png
+python data/readme_figure.py    # writes data/readme_figure.png and data/readme_methods.png
 
 The ViT is an ImageNet ViT-Tiny from the hub, the sentences are those of SmolLM2 in smollm2_strips.json, the CLIP is our
 demo model, which knows glyphs.
@@ -11,11 +11,11 @@ from pathlib import Path
 
 import matplotlib.pyplot as plt
 import numpy as np
-import torch
 from matplotlib.figure import SubFigure
 from PIL import Image
 
-from libragrad_minimal import LIBRA, PLAIN, attribute
+from libragrad_minimal import LIBRA, METHODS, PLAIN, attribute
+from libragrad_minimal.attribution import attribute_many
 from libragrad_minimal.models import load_demo, load_pretrained
 from libragrad_minimal.photographs import draw_collage, photograph
 from libragrad_minimal.plots import NEGATIVE, POSITIVE, STRONGEST, Strip, blended
@@ -34,7 +34,9 @@ def photographs() -> list[Row]:
         pixels, asked = vit.transform(collage.image)[None], []
         for name in collage.names:  # ask for each photograph's class: what the model sees in it alone
             target = vit.model(vit.transform(photograph(name))[None]).argmax().item()
-            maps = {how: attribute(vit.model, pixels, target, "FullGrad+", r).maps[0].numpy() for how, r in RULES.items()}
+            maps = {
+                how: attribute(vit.model, pixels, target, "FullGrad+", r).maps[0].numpy() for how, r in RULES.items()
+            }
             asked.append((vit.class_names[target].split(",")[0], maps))
         rows.append((np.asarray(collage.image), asked))
     return rows
@@ -44,8 +46,12 @@ def prompts() -> list[Row]:
     clip, scene = load_demo("clip"), draw_scene(5, classes=["cat", "umbrella"], colours=["yellow", "blue"])
     texts = ["a yellow cat", "a blue umbrella"]
     pixels = clip.transform(Image.fromarray(scene.image))[None]
-    maps = {how: attribute_prompts(clip, pixels, texts, "FullGrad+", r, progress=False).maps[0] for how, r in RULES.items()}
-    return [(scene.image, [(f'"{text}"', {how: maps[how][i].numpy() for how in RULES}) for i, text in enumerate(texts)])]
+    maps = {
+        how: attribute_prompts(clip, pixels, texts, "FullGrad+", r, progress=False).maps[0] for how, r in RULES.items()
+    }
+    return [
+        (scene.image, [(f'"{text}"', {how: maps[how][i].numpy() for how in RULES}) for i, text in enumerate(texts)])
+    ]
 
 
 def sentences() -> list[dict]:
@@ -85,6 +91,27 @@ def draw_sentences(part: SubFigure, title: str, strips: list[dict]) -> None:
             axes.text(at, row + 0.4, f"→ {strip['answer'].strip()}", fontsize=10, va="center", fontweight="bold")
 
 
+def draw_methods() -> None:
+    """One collage, asked for the cat, by every method that isn't an average of another's gradients."""
+    vit, collage = (
+        load_pretrained("vit", "vit_tiny_patch16_224.augreg_in21k_ft_in1k"),
+        draw_collage(1, ["cat", "coffee"]),
+    )
+    target = vit.model(vit.transform(photograph("cat"))[None]).argmax().item()
+    names = [name for name in METHODS if not name.startswith(("IG ", "SmoothGrad "))]
+    found = attribute_many(vit.model, vit.transform(collage.image)[None], target, names)
+    figure, grid = plt.subplots(4, 6, figsize=(9, 6.6), layout="constrained", facecolor="white")
+    grid.flat[0].imshow(np.asarray(collage.image))
+    grid.flat[0].set_title("Egyptian cat?", fontsize=9)
+    for axes, name in zip(grid.flat[1:], names, strict=False):
+        large = collage.image.resize((224, 224), Image.Resampling.BICUBIC)
+        axes.imshow(blended(np.asarray(large), found[name].maps[0].numpy()))
+        axes.set_title(name.replace("Gradient Attention", "Gradient"), fontsize=9)
+    for axes in grid.flat:
+        axes.set(xticks=[], yticks=[], frame_on=False)
+    figure.savefig(FILE.with_name("readme_methods.png"), dpi=100, pil_kwargs={"optimize": True})
+
+
 def main() -> None:
     figure = plt.figure(figsize=(9, 9.6), layout="constrained", facecolor="white")
     parts = figure.subfigures(3, 1, height_ratios=[4.1, 2.15, 2])
@@ -95,5 +122,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    torch.set_grad_enabled(True)
     main()
+    draw_methods()
