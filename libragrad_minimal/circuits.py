@@ -4,9 +4,9 @@ Two prompts of equal length, *clean* and *corrupt*, differ in the words that dec
 on the clean one while one part, at one position, behaves as on the corrupt one, and notes how much the answer changes:
 one forward pass for each part. Attribution patching estimates all of these changes at once, from one backward pass:
 (corrupt activation - clean activation) x gradient (Nanda 2023; Syed et al. 2023; Kramar et al. 2024, "AtP*"). Balanced
-gradients make better estimates for MLPs and the stream; for attention it depends on the block (Jafari et al. 2025,
-"RelP", who edit the model for it; measured here by data/circuits.py, every third block). No estimate sees what a part
-does to where attention looks, if that attention is saturated.
+gradients make better estimates for MLPs and the stream, and hardly better ones for attention (Jafari et al. 2025,
+"RelP", who edit the model for it; measured here by data/circuits.py). No estimate sees what a part does to where
+attention looks, if that attention is saturated.
 """
 
 from __future__ import annotations

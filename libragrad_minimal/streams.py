@@ -130,6 +130,7 @@ class Call:
     name: str  # of its list
     block: nn.Module
     entered: Node | None = None  # what it was given; None if it doesn't depend on the inputs
+    source: Node | None = None  # the same tensor, what else uses it included
     shape: tuple[int, ...] = ()
     left: Node | None = None  # what it returned
 
@@ -139,6 +140,8 @@ def streams_in_graph(model: nn.Module, inputs: Inputs, lists: dict[str, list[nn.
     ends = [tensor.grad_fn for tensor in tensors_in(answer) if tensor.grad_fn is not None]
     served = {root: lists_between(ends, root, calls) for root in roots}
     served = {root: names for root, names in served.items() if names}
+    if not served:
+        served = {root: names for root in roots if (names := lists_with_residuals_outside(ends, root, calls))}
     if not served:
         raise ValueError(
             f"the answer of {name_of(model)} passes through no list of blocks as a whole (towers side by side, or "
@@ -193,7 +196,7 @@ def look_round(model: nn.Module, inputs: Inputs, lists: dict[str, list[nn.Module
             if tensor is None or not tensor.requires_grad:
                 return None
             given = tensor.clone()  # what else the tensor is used for leads past the block
-            one.entered, one.shape = given.grad_fn, tuple(given.shape)
+            one.entered, one.source, one.shape = given.grad_fn, tensor.grad_fn, tuple(given.shape)
             if isinstance(place, int):
                 return (*args[:place], given, *args[place + 1 :]), kwargs
             return args, {**kwargs, place: given}
@@ -252,6 +255,20 @@ def lists_between(ends: list[Node], root: Node, calls: list[Call]) -> set[str]:
                     whole.add(name)
     blocks = innermost(passed)
     return blocks & whole or blocks
+
+
+def lists_with_residuals_outside(ends: list[Node], root: Node, calls: list[Call]) -> set[str]:
+    """XLM adds outside of its modules to what goes in: then the tensors that the blocks are given are separators, their
+    use beside the blocks included. Of several lists that take turns, the one that is the first to run."""
+    between = separators(ends, root)
+    for name in dict.fromkeys(one.name for one in calls):
+        first, *later = [one for one in calls if one.name == name]
+        if not later or first.left is None or first.source not in between:
+            continue
+        behind = between & dependents(ends, first.left)
+        if all(one.source in behind for one in later):
+            return {name}
+    return set()
 
 
 def innermost(passed: dict[str, list[Call]]) -> set[str]:

@@ -4,8 +4,11 @@ import importlib.util
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
+
+from libragrad_minimal.methods import METHODS
 
 DATA = Path(__file__).resolve().parents[1] / "data"
 spec = importlib.util.spec_from_file_location("gallery", DATA / "gallery.py")
@@ -87,3 +90,11 @@ def test_measurements_of_other_methods_are_not_mixed(monkeypatch, tmp_path, caps
         run_small(monkeypatch, tmp_path, square)
     assert "measurements of other methods" in capsys.readouterr().err
     assert (tmp_path / "gallery_scenes.npz").read_bytes() == before
+
+
+def test_every_method_stands_in_a_stored_table():
+    """Notebook 05 shows these tables: a method without a measured row has no place in METHODS."""
+    measured = set(pd.read_parquet(DATA / "benchmark_scenes_averaged.parquet", columns=["method"])["method"])
+    for file in DATA.glob("gallery_*.npz"):
+        measured |= {name.split(" | ")[0] for name in np.load(file)["names"]}
+    assert set(METHODS) <= measured

@@ -80,6 +80,36 @@ def test_blocks_can_be_a_part_of_the_list():
     torch.testing.assert_close(late.scores, attribute(model, PICTURES, 1, "FullGrad", layer=1).scores)
 
 
+@pytest.mark.parametrize("family", ["XLM", "Flaubert"])
+def test_blocks_whose_residuals_are_added_outside(family):
+    """XLM keeps attention and MLPs in two lists and adds what they return itself."""
+    config = getattr(transformers, f"{family}Config")(vocab_size=200, emb_dim=16, n_layers=3, n_heads=2)
+    model = perturbed(getattr(transformers, f"{family}ForSequenceClassification")(config))
+    assert blocks_of(model, {"input_ids": IDS}) == list(model.transformer.attentions)
+    attribution = attribute(model, {"input_ids": IDS}, 1)
+    assert attribution.completeness_error.max() < 1e-5
+    assert attribution.scores.shape == IDS.shape
+
+
+class SideBySide(nn.Module):
+    """Two layers that are given the same tokens: no chain."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed = nn.Embedding(50, 8)
+        self.layers = nn.ModuleList([Residual(8), Residual(8)])
+        self.others = nn.ModuleList([Residual(8), Residual(8)])
+
+    def forward(self, input_ids):
+        x = self.embed(input_ids)
+        return torch.cat([self.layers[0](x) + self.layers[1](x), self.others[0](x) + self.others[1](x)], -1).mean(1)
+
+
+def test_layers_side_by_side_are_no_chain():
+    with pytest.raises(ValueError, match="no list of blocks as a whole"):
+        blocks_of(SideBySide().eval(), {"input_ids": IDS % 50})
+
+
 def test_separators_by_hand():
     x = torch.randn(3, requires_grad=True)
     a = x * 2

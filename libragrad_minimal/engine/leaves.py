@@ -29,9 +29,11 @@ def is_number(value: Any) -> bool:
 
 def is_nothing(value: Any) -> bool:
     """A constant that needs no leaf: the number 0, an empty tensor, or a list with such a one."""
+    if isinstance(value, Tensor):
+        return not value.numel()
     if isinstance(value, list | tuple):
         return any(is_nothing(v) for v in value)
-    return is_number(value) and value == 0 or isinstance(value, Tensor) and not value.numel()
+    return is_number(value) and value == 0
 
 
 def first_live(values: Sequence[Any]) -> Tensor | None:
@@ -45,11 +47,13 @@ def first_live(values: Sequence[Any]) -> Tensor | None:
 
 def leaves(value: Any, live: Tensor) -> Any:
     """A constant as a leaf that requires grad: the same memory. Lists and tuples of constants one by one."""
+    if value is None or isinstance(value, Tensor) and value.requires_grad:
+        return value
     if isinstance(value, list | tuple):
         return type(value)(leaves(v, live) for v in value) if type(value) in (list, tuple) else value
     if is_number(value):
         return number_as_leaf(value, live) if value != 0 and math.isfinite(abs(value)) else value
-    if not is_plain_tensor(value) or value.requires_grad or not value.numel():
+    if not is_plain_tensor(value) or not value.numel():
         return value
     value = value.clone() if value.is_inference() else value.detach()
     if type(value) is not Tensor:

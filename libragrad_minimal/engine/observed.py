@@ -130,6 +130,8 @@ class observed(TorchFunctionMode):
 
     def run(self, function: Callable, args: list[Any], kwargs: dict[str, Any]) -> Any:
         """Runs it, and notes on its node what that doesn't save."""
+        if function not in SAVE_THEIR_RESULT and not self.residuals and not isinstance(function, OPERATORS):
+            return function(*args, **kwargs)  # there is nothing to note
         operands = self.operands(function, args, kwargs)
         argument = None
         if plain_name(function) in KEPT_ARGUMENT:
