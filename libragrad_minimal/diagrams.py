@@ -116,7 +116,9 @@ def clip() -> Diagram:
         "e length_e unit_e",
         "t length_t unit_t",
     )
-    return Diagram(boxes, ways, ((0.45, 5.28, "asked about the picture alone,\nthe prompt's side is constant"),), (5.2, 5.0))
+    return Diagram(
+        boxes, ways, ((0.45, 5.28, "asked about the picture alone,\nthe prompt's side is constant"),), (5.2, 5.0)
+    )
 
 
 DIAGRAMS = {"vit": vit_block, "llama": llama_block, "clip": clip}

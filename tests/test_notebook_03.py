@@ -78,7 +78,9 @@ def test_libra_product_gives_each_factor_half(notebook):
         torch.testing.assert_close(gradient, other.detach() / 2)
 
 
-@pytest.mark.parametrize("options", [{}, {"class_token": False, "global_pool": "avg"}, {"reg_tokens": 2}, {"pre_norm": True}])
+@pytest.mark.parametrize(
+    "options", [{}, {"class_token": False, "global_pool": "avg"}, {"reg_tokens": 2}, {"pre_norm": True}]
+)
 def test_complete_at_every_block_and_equal_to_libra_grad(notebook, options):
     vit = random_vit(**options)
     repaired, expected = notebook.count_repairs(vit.model)
@@ -121,7 +123,11 @@ def test_nothing_stays_behind(notebook):
     with notebook.libra(notebook.repairs_of_vit(vit.model)), recording_all(notebook, vit):
         assert hooks() > 0
     assert hooks() == 0
-    with pytest.raises(KeyboardInterrupt), notebook.libra(notebook.repairs_of_vit(vit.model)), recording_all(notebook, vit):
+    with (
+        pytest.raises(KeyboardInterrupt),
+        notebook.libra(notebook.repairs_of_vit(vit.model)),
+        recording_all(notebook, vit),
+    ):
         raise KeyboardInterrupt
     assert hooks() == 0
 
@@ -129,7 +135,10 @@ def test_nothing_stays_behind(notebook):
 def test_samples_do_not_mix(notebook):
     vit = random_vit()
     with notebook.libra(notebook.repairs_of_vit(vit.model)):
-        together, alone = notebook.explain_classes(vit, IMAGES, TARGETS), notebook.explain_classes(vit, IMAGES[2:3], TARGETS[2:3])
+        together, alone = (
+            notebook.explain_classes(vit, IMAGES, TARGETS),
+            notebook.explain_classes(vit, IMAGES[2:3], TARGETS[2:3]),
+        )
     torch.testing.assert_close(together.inputs[:, 2:3], alone.inputs)
     torch.testing.assert_close(together.constants[:, 2:3], alone.constants)
 

@@ -309,7 +309,9 @@ def break_alt(notebook):
 
 def break_colours(notebook):
     metadata = {"image/png": {"alt": "black"}}
-    notebook.cells[1].outputs = [nbformat.v4.new_output("display_data", {"image/png": picture("RGB")}, metadata=metadata)]
+    notebook.cells[1].outputs = [
+        nbformat.v4.new_output("display_data", {"image/png": picture("RGB")}, metadata=metadata)
+    ]
 
 
 def break_time(notebook):
