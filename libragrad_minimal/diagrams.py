@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Any
 
 import matplotlib.pyplot as plt
 from matplotlib.figure import Figure
@@ -11,7 +12,7 @@ from matplotlib.text import Text
 
 STREAM, GATE = "#0072b2", "#f0b030"  # told apart by colour-blind eyes, and by their shapes as well
 LINE, LABEL = "0.35", "0.3"
-LOOKS = {
+LOOKS: dict[str, dict[str, Any]] = {
     "stream": {"boxstyle": "round,pad=0.35", "facecolor": STREAM, "edgecolor": STREAM},
     "gate": {"boxstyle": "square,pad=0.35", "facecolor": GATE, "edgecolor": "black"},
     "join": {"boxstyle": "circle,pad=0.25", "facecolor": "white", "edgecolor": STREAM, "linewidth": 1.5},
@@ -41,7 +42,7 @@ class Diagram:
 
 def transformer_block(norm: str, mlp: dict[str, Box], mlp_ways: tuple[str, ...], notes: tuple) -> Diagram:
     """Attention, then an MLP, each behind a norm and beside a residual connection."""
-    spread = "1 / std" if norm == "LayerNorm" else "1 / length"
+    spread = "1 / std" if norm == "LayerNorm" else "1 / rms"
     boxes = {
         "in": Box(0, 0, "tokens"),
         "norm 1": Box(0, 1, norm),

@@ -7,7 +7,7 @@ from libragrad_minimal.diagrams import DIAGRAMS, GATE, STREAM, block_diagram
 
 GATES = {
     "vit": {"softmax", "1 / std", "Φ of GELU"},
-    "llama": {"softmax", "1 / length", "σ of SiLU"},
+    "llama": {"softmax", "1 / rms", "σ of SiLU"},
     "clip": {r"1 / $\Vert e\Vert$", r"1 / $\Vert t\Vert$"},
 }
 
