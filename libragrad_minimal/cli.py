@@ -40,8 +40,10 @@ from .models import LoadedModel, Unreachable, load_demo, load_pretrained
 from .outputs import KINDS, checked, one_each, writable
 from .pages import page
 from .pictures import EXTENSIONS, open_picture
-from .plots import STRONGEST, Look, TokenStrips
+from .plots import STRONGEST, Look, Strip, TokenStrips
 from .progress import telling
+from .relevance import MS_MARCO, CrossEncoder, load_cross_encoder
+from .relevance import relevance as relevance_of
 from .sweep import RAW, WRONG, Bounds, read, summary, sweep
 from .zoo import LIBRARIES, registered
 
@@ -192,15 +194,23 @@ METHOD_HELP = ", ".join(name for name in METHODS if not name.startswith(("IG ", 
 METHOD_HELP = f"One of {METHOD_HELP}; or IG or SmoothGrad and the name of one that reads gradients."
 
 
-def explaining(kind: str, default_format: str, formats: Sequence[str]) -> Callable:
+def model_help(kind: str) -> str:
+    if kind == "relevance":
+        return f"A cross-encoder, by its hub's name or its folder.  [default: {MS_MARCO}]"
+    return (
+        f"A name on its hub, or demo: the small one shipped here, which knows {DEMO_KNOWS[kind]}.  "
+        f"[default: {REAL[kind]}, {SIZES[kind]} to download once]"
+    )
+
+
+def explaining(kind: str, default_format: str, formats: Sequence[str], method: str = "FullGrad+") -> Callable:
     """The options that all explanations share; the command gets them as one `Asked`."""
     options = (
-        click.option("--method", type=Method(), default="FullGrad+", show_default=True, help=METHOD_HELP),
+        click.option("--method", type=Method(), default=method, show_default=True, help=METHOD_HELP),
         click.option("--rules", type=RULES, help="How gradients flow back.  [default: libra, for IG plain]"),
         click.option(
             "--model",
-            help=f"A name on its hub, or demo: the small one shipped here, which knows {DEMO_KNOWS[kind]}.  "
-            f"[default: {REAL[kind]}, {SIZES[kind]} to download once]",
+            help=model_help(kind),
         ),
         click.option("-o", "--output", type=PATH, help="A file; for several pictures a folder."
                      f"  [default: attribution.{default_format}]"),
@@ -210,7 +220,7 @@ def explaining(kind: str, default_format: str, formats: Sequence[str]) -> Callab
         click.option("--overwrite", is_flag=True, help="Replace files that are there already."),
         click.option("--colormap", metavar="NAME", help="Of matplotlib, its middle for zero, such as RdBu_r."
                      "  [default: orange for, blue against]"),
-        click.option("--alpha", type=float, default=1.0 if kind != "llama" else STRONGEST, show_default=True,
+        click.option("--alpha", type=float, default=1.0 if "html" not in formats else STRONGEST, show_default=True,
                      help="Opacity of the strongest score."),
         click.option("--signs", type=click.Choice(["together", "apart"]), default="together", show_default=True,
                      help="One scale for both signs, or each its own."),
@@ -335,17 +345,35 @@ def text(asked: Asked, prompt: str, target: str | None, against: str | None) -> 
     loaded = load("llama", asked.model)
     with telling("explaining the next word"):
         strip, result, chosen = attribute_text(loaded, prompt, target, against, asked.method, asked.rules)
-    strips = TokenStrips(strip, look=asked.look)
-    if place.suffix.lower() == ".html":
-        place.parent.mkdir(parents=True, exist_ok=True)
-        with whole_file(place) as beside:
-            beside.write_text(page(strip.title, strips._repr_html_()), encoding="utf-8")
-    else:
-        save_figure(strips.figure(), place)
+    save_strip(strip, asked.look, place)
     if scores:
         about = {"tokens": list(strip.tokens), "text": prompt, "against": against or ""}
         save_scores(scores, result, loaded, asked.method, [strip.title], target=[chosen], **about)
     say(result, [strip.title], place)
+    return 0
+
+
+@command('relevance "How many people live in Berlin?" "Berlin has 3.7 million inhabitants." -o relevance.html')
+@click.argument("question")
+@click.argument("passage")
+@explaining("relevance", "html", ["html", *FIGURES], method="FullGrad")
+def relevance(asked: Asked, question: str, passage: str) -> int:
+    """Which words make a passage answer a question."""
+    ((place, scores),) = asked.figure_and_scores(["attribution"], [".html", *KINDS])
+    name = asked.model or MS_MARCO
+    bars_in_terminals_only()
+    with telling(f"loading {name}"):
+        encoder = load_cross_encoder(name)
+    with telling("explaining the answer"):
+        found = relevance_of(question, passage, encoder, asked.method, asked.rules)
+    rules = rules_name(found.attribution.rules)
+    save_strip(
+        found.strip(f"why this passage answers this question, or not ({asked.method}, {rules})"), asked.look, place
+    )
+    if scores:
+        about = {"question": question, "passage": passage, "words": found.words, "word_scores": found.scores}
+        save_scores(scores, found.attribution, encoder, asked.method, ["relevance"], target=[0], **about)
+    say(found.attribution, ["relevance"], place)
     return 0
 
 
@@ -480,10 +508,8 @@ def benchmark(device_map, csv, compare, output, **given) -> int:  # fmt: skip
 
 def load(kind: str, name: str | None) -> LoadedModel:
     """The demo model only for who asks for it."""
-    if kind == "llama" and not sys.stderr.isatty():
-        from transformers.utils.logging import disable_progress_bar
-
-        disable_progress_bar()
+    if kind == "llama":
+        bars_in_terminals_only()
     if name == "demo":
         try:
             return load_demo(kind)
@@ -500,6 +526,14 @@ def load(kind: str, name: str | None) -> LoadedModel:
             f"HF_HUB_OFFLINE){size}, name a model that is here, --model NAME, or take the demo model, --model demo, "
             f"which knows {DEMO_KNOWS[kind]}"
         ) from error
+
+
+def bars_in_terminals_only() -> None:
+    """Those of transformers, which fill a log otherwise."""
+    if not sys.stderr.isatty():
+        from transformers.utils.logging import disable_progress_bar
+
+        disable_progress_bar()
 
 
 def picture_sources(photos: Sequence[str]) -> list[str]:
@@ -532,8 +566,17 @@ def save_figure(figure: Figure, path: Path) -> None:
         figure.savefig(beside, dpi=150, format=path.suffix.lower()[1:])
 
 
+def save_strip(strip: Strip, look: Look, path: Path) -> None:
+    strips = TokenStrips(strip, look=look)
+    if path.suffix.lower() != ".html":
+        return save_figure(strips.figure(), path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with whole_file(path) as beside:
+        beside.write_text(page(strip.title, strips._repr_html_()), encoding="utf-8")
+
+
 def save_scores(
-    path: Path, result: Attribution, loaded: LoadedModel, method: str, titles: list[str], **about: Any
+    path: Path, result: Attribution, loaded: LoadedModel | CrossEncoder, method: str, titles: list[str], **about: Any
 ) -> None:
     """All that is needed to know what the numbers are: `np.load(path)` has a name for each."""
     tensors = {"scores": result.scores, "output": result.output, "completeness_error": result.completeness_error}
