@@ -2,6 +2,7 @@
 
     python run.py notebooks     open the notebooks in a browser
     python run.py html          execute them all into web pages, in results/
+    python run.py site          build the static site of them, in results/site/
     python run.py test          run the tests; what follows goes to pytest, such as `-k rules`
 
 The first run fills .venv, and later ones start at once; it is filled again when pyproject.toml has changed.
@@ -26,7 +27,7 @@ def main(arguments: list[str] | None = None, root: Path = ROOT) -> int:
     parser = argparse.ArgumentParser(
         prog="run.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    parser.add_argument("what", choices=["notebooks", "html", "test"])
+    parser.add_argument("what", choices=["notebooks", "html", "site", "test"])
     parser.add_argument("--cpu", action="store_true", help="fill .venv with PyTorch for the CPU alone")
     asked, further = parser.parse_known_args(arguments)
     try:
@@ -39,8 +40,9 @@ def main(arguments: list[str] | None = None, root: Path = ROOT) -> int:
     except KeyboardInterrupt:
         print("\nstopped", file=sys.stderr)
         return 130
-    if asked.what == "html" and status == 0:
-        print(f"The executed notebooks are in {root / 'results'}")
+    made = {"html": "The executed notebooks are in results", "site": "The site is in results/site: open its index.html"}
+    if asked.what in made and status == 0:
+        print(made[asked.what].replace("results", str(root / "results")))
     return status
 
 
@@ -48,6 +50,8 @@ def command(what: str, root: Path) -> list[str]:
     python = str(python_of(root))
     if what == "test":
         return [python, "-m", "pytest"]
+    if what == "site":
+        return [python, "-m", "mkdocs", "build", "-f", "site/mkdocs.yml"]
     if what == "html":
         notebooks = sorted(str(path.relative_to(root)) for path in (root / "notebooks").glob("*.ipynb"))
         return [python, "-m", "nbconvert", "--execute", "--to", "html", "--output-dir", "results", *notebooks]
