@@ -38,6 +38,7 @@ try:
     from .pictures import open_picture
     from .plots import Strip, TokenStrips, heatmaps
     from .prompts import attribute_prompts
+    from .relevance import MS_MARCO, load_cross_encoder, relevance
     from .scenes import draw_scene
     from .sweep import RAW, WRONG, Bounds, read, summary, sweep
     from .untrusted import transformers_config
@@ -50,6 +51,7 @@ REAL = {
     "clip": "ViT-B-16/laion2b_s34b_b88k",
     "llama": "unsloth/Llama-3.2-1B",
 }
+STRIP_SUFFIXES = [".html", ".png", ".pdf", ".svg"]
 PHOTO = "a file, or an address that begins with https://"
 EXAMPLES = """examples:
   libragrad="python -m libragrad_minimal"
@@ -58,6 +60,7 @@ EXAMPLES = """examples:
   $libragrad image photo.jpg --method attention-rollout --head-fusion max --discard-ratio 0.9 -o rollout.png
   $libragrad clip photo.jpg "a cat" "a cup" -o prompts.png
   $libragrad text "The capital of France is" --model {llama} --target Paris --against London -o strip.html
+  $libragrad relevance "How many people live in Berlin?" "Berlin has 3.7 million inhabitants." -o relevance.html
   $libragrad audit vit_base_patch16_siglip_224
   $libragrad sweep timm --pattern "vit_tiny*"
   $libragrad benchmark --model vit --data scenes:40 -o measured
@@ -112,6 +115,15 @@ def parser() -> argparse.ArgumentParser:
     text.add_argument("prompt")
     text.add_argument("--target", help="the next word to explain; default: the model's own")
     text.add_argument("--against", help="explain why the target and not this word")
+
+    asked = command(relevance_command, "relevance", "which words make a passage answer a question")
+    asked.add_argument("question")
+    asked.add_argument("passage")
+    asked.add_argument("--method", default="FullGrad", type=method_name, help=f"one of {', '.join(METHODS)}")
+    asked.add_argument("--rules", choices=NAMED_RULES, help="how gradients flow back (default: libra, for IG plain)")
+    asked.add_argument("--model", default=MS_MARCO, help="a cross-encoder, by name or folder (default: %(default)s)")
+    asked.add_argument("-o", "--output", type=Path, default=Path("relevance.html"), help="default: %(default)s")
+    asked.add_argument("--save-scores", type=Path, metavar="FILE.npz", help="the numbers behind the picture")
 
     for sub, kind, suffix in ((image, "vit", "png"), (clip, "clip", "png"), (text, "llama", "html")):
         sub.add_argument("--method", default="FullGrad+", type=method_name, help=f"one of {', '.join(METHODS)}")
@@ -228,18 +240,24 @@ def clip_command(args: argparse.Namespace) -> int:
     return 0
 
 
+def relevance_command(args: argparse.Namespace) -> int:
+    check_output(args, STRIP_SUFFIXES)
+    found = relevance(args.question, args.passage, load_cross_encoder(args.model), args.method, named_rules(args.rules))
+    strip = found.strip(f"why this passage answers this question, or not ({args.method})")
+    write_strip(args.output, strip)
+    report(args, found.attribution, ["relevance"])
+    return 0
+
+
 def text_command(args: argparse.Namespace) -> int:
-    check_output(args, [".html", ".png", ".pdf", ".svg"])
+    check_output(args, STRIP_SUFFIXES)
     if not args.prompt.strip():
         raise ValueError("the prompt is empty")
     if any("\ud800" <= character <= "\udfff" for character in args.prompt):
         raise ValueError("the prompt isn't UTF-8: it holds bytes that are no text")
     loaded = load("llama", args.model)
     strip, result = attribute_text(loaded, args.prompt, args.target, args.against, args.method, args.rules)
-    if args.output.suffix == ".html":
-        args.output.write_text(page(strip.title, TokenStrips(strip)._repr_html_()), encoding="utf-8")
-    else:
-        TokenStrips(strip).figure().savefig(args.output, dpi=150)
+    write_strip(args.output, strip)
     report(args, result, [strip.title])
     return 0
 
@@ -457,6 +475,13 @@ def check_output(args: argparse.Namespace, suffixes: list[str] | None = None) ->
     for path in filter(None, (args.output, args.save_scores)):
         if not path.parent.is_dir():
             raise ValueError(f"the folder {path.parent} doesn't exist: make it first")
+
+
+def write_strip(output: Path, strip: Strip) -> None:
+    if output.suffix == ".html":
+        output.write_text(page(strip.title, TokenStrips(strip)._repr_html_()), encoding="utf-8")
+    else:
+        TokenStrips(strip).figure().savefig(output, dpi=150)
 
 
 def find_class(loaded: LoadedModel, wanted: str) -> int:

@@ -19,7 +19,8 @@ from PIL import Image
 from torch import Tensor, nn
 
 from .checkpoints import LONGEST, Checkpoint, damaged, read_checkpoint
-from .untrusted import check_open_clip_config, config_of_weights, in_one_sentence
+from .sentences import one_line
+from .untrusted import check_open_clip_config, config_of_weights, in_one_sentence, place_of
 
 PACKAGE = Path(__file__).resolve().parent
 SIDE = 64  # pixels, of what the demo models see
@@ -63,9 +64,10 @@ def load_pretrained(kind: str, name: str, device_map: str | None = None) -> Load
 
     Args:
         kind: "vit", "clip" or "llama".
-        name: for "vit" a timm name; for "llama" a hub's name or a folder; for "clip" open_clip's name and tag,
-            "ViT-B-16/laion2b_s34b_b88k", a name and a file in place of the tag, "ViT-B-16/folder/weights.safetensors",
-            or "hf-hub:owner/name" or "local-dir:folder", which hold their own shape.
+        name: for "vit" a timm name; for "llama" a hub's name, a folder or a .gguf file ("folder/x.gguf", or a hub's
+            "owner/name/x.gguf"); for "clip" open_clip's name and tag, "ViT-B-16/laion2b_s34b_b88k", a name and a file
+            in place of the tag, "ViT-B-16/folder/weights.safetensors", or "hf-hub:owner/name" or "local-dir:folder",
+            which hold their own shape.
         device_map: of a "llama": "auto" spreads one that is too large for a device over all there are (accelerate).
     Returns:
         The model in eval mode: a "llama" on the GPU in half precision where there is one, all others on the CPU, fp32.
@@ -244,7 +246,7 @@ def _pretrained_llama(name: str, device_map: str | None = None) -> LoadedModel:
             )
             return _download_llama(UNGATED_LLAMA, device_map)
         if _cause(error, LocalEntryNotFoundError) is not None:
-            raise _unreachable(name, "the path of a folder that holds a model", "llama") from error
+            raise _unreachable(name, "the path of a folder or of a .gguf file that holds a model", "llama") from error
         raise
 
 
@@ -252,12 +254,25 @@ def _download_llama(name: str, device_map: str | None) -> LoadedModel:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     device, dtype = _device_and_dtype()
-    safe = {"trust_remote_code": False, "config": config_of_weights(name)}  # said aloud, or transformers asks
-    tokenizer = AutoTokenizer.from_pretrained(name, **safe)
-    safe |= {"use_safetensors": True}
-    model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, device_map=device_map, **safe)
+    place, file = place_of(name)
+    safe = {"trust_remote_code": False, "config": config_of_weights(name), **file}  # said aloud, or transformers asks
+    tokenizer = AutoTokenizer.from_pretrained(place, **safe)
+    safe |= _unpacked() if file else {"use_safetensors": True}
+    options = {"dtype": dtype, "device_map": device_map, "output_loading_info": True}
+    model, found = AutoModelForCausalLM.from_pretrained(place, **options, **safe)
+    if missing := sorted(found["missing_keys"]):  # transformers makes them up
+        raise ValueError(f"{name} lacks {len(missing)} of its weights, such as {one_line(missing[0], 100)}")
     model = model if device_map else model.to(device)
     return _describe_llama(name, model, tokenizer)
+
+
+def _unpacked() -> dict[str, Any]:
+    """What makes a GGUF's weights ordinary ones; else newer versions of transformers keep them packed, for a kernel of
+    the hub that is run wherever `kernels` is installed and that has no gradient."""
+    import transformers
+
+    known = hasattr(transformers, "GgufConfig")
+    return {"quantization_config": transformers.GgufConfig(dequantize=True)} if known else {}
 
 
 def _describe_llama(name: str, model: Any, tokenizer: Any) -> LoadedModel:
