@@ -77,8 +77,8 @@ def notebook():
     lifted = functions_of(NOTEBOOKS / "01_llama3_token_attribution.ipynb")
     lifted.plain_attention = F.scaled_dot_product_attention  # what the notebook assigns outside functions
     lifted.REPAIRS = {
-        "attention": (F, "scaled_dot_product_attention", lifted.libra_attention),
-        "gate": (SiLUActivation, "forward", lifted.libra_silu),
+        "attention": (F, "scaled_dot_product_attention", lifted.libra_sdpa),
+        "gate": (SiLUActivation, "forward", lifted.libra_silu_forward),
         "norm": (LlamaRMSNorm, "forward", lifted.libra_rms_norm),
         "product": (LlamaMLP, "forward", lifted.libra_mlp),
     }
