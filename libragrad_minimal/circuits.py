@@ -350,7 +350,7 @@ def noted_results(blocks: Sequence[nn.Module]) -> Iterator[list[Any]]:
     def note(block, args, result):
         results.append(result)
 
-    with removed([block.register_forward_hook(note) for block in set(blocks)]):
+    with removed(block.register_forward_hook(note) for block in set(blocks)):
         yield results
     if len(set(blocks)) < len(blocks) or not all(map(is_tokens_alone, results)):
         results.clear()

@@ -118,7 +118,7 @@ def run_with(
             return (*args[:place], kept, *args[place + 1 :]), kwargs
         return args, {**kwargs, place: kept}
 
-    with removed([block.register_forward_pre_hook(drop, with_kwargs=True) for block in set(blocks)]):
+    with removed(block.register_forward_pre_hook(drop, with_kwargs=True) for block in set(blocks)):
         result = run()
     if not entered:
         raise ValueError(f"model_fn doesn't run {name_of(model)}: give the model, or the tower, that it runs")

@@ -292,8 +292,12 @@ def _device_and_dtype() -> tuple[str, torch.dtype]:
     return "cuda", torch.bfloat16 if torch.cuda.get_device_capability() >= (8, 0) else torch.float16
 
 
-def _unreachable(name: str, alternative: str, kind: str) -> OSError:
-    return OSError(
+class Unreachable(OSError):
+    """The hub can't be reached, and what is asked of it isn't in its cache."""
+
+
+def _unreachable(name: str, alternative: str, kind: str) -> Unreachable:
+    return Unreachable(
         f"{name} is not on this machine and the hub can't be reached. Connect to the internet (and unset "
         f'HF_HUB_OFFLINE), give {alternative}, or use load_demo("{kind}").'
     )
@@ -378,6 +382,7 @@ def _demo_clip_architecture(checkpoint: Checkpoint, words: int) -> dict[str, Any
 
 def _pretrained_clip(name: str) -> LoadedModel:
     import open_clip
+    from huggingface_hub.errors import LocalEntryNotFoundError
 
     itself = name.startswith(("hf-hub:", "local-dir:"))
     architecture, _, tag = (name, "", "") if itself else name.partition("/")
@@ -393,7 +398,12 @@ def _pretrained_clip(name: str) -> LoadedModel:
         )
     if itself:
         check_open_clip_config(name)
-    model, _, transform = open_clip.create_model_and_transforms(architecture, tag or None)
+    try:
+        model, _, transform = open_clip.create_model_and_transforms(architecture, tag or None)
+    except (OSError, RuntimeError) as error:
+        if _cause(error, LocalEntryNotFoundError) is None:
+            raise
+        raise _unreachable(name, "a file of weights, NAME/FILE,", "clip") from error
     return _describe_clip(name, model, transform, open_clip.get_tokenizer(architecture))
 
 

@@ -116,7 +116,7 @@ def listening(model: nn.Module) -> Iterator[list[Called]]:
         # a copy goes on: a tensor that the model changes in place would belong to another node afterwards
         return with_returned(result, returned.clone())
 
-    with removed([module.register_forward_hook(note, with_kwargs=True) for module in model.modules()]):
+    with removed(module.register_forward_hook(note, with_kwargs=True) for module in model.modules()):
         yield calls
 
 
@@ -292,7 +292,7 @@ FOUND_BY: dict[str, Callable[[Block], Place]] = dict(attention=attention, mlp=ml
 @contextlib.contextmanager
 def visiting(places: Mapping[int, Place], visit: Callable[[int, Tensor], Tensor]) -> Iterator[None]:
     """Inside, each place's tensor is handed to visit(layer, tensor) and gives way to what that returns."""
-    with removed([hook_at(place, layer, visit) for layer, place in places.items()]):
+    with removed(hook_at(place, layer, visit) for layer, place in places.items()):
         yield
 
 

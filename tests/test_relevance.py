@@ -11,7 +11,7 @@ from tokenizers.pre_tokenizers import BertPreTokenizer
 from tokenizers.processors import BertProcessing
 from transformers import BertConfig, BertForSequenceClassification, PreTrainedTokenizerFast
 
-import libragrad_minimal.__main__ as cli
+import libragrad_minimal.cli as cli
 from libragrad_minimal.relevance import load_cross_encoder, relevance
 
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "who", "sings", "?", "lin", "##da", "##s", "song", "a"]
@@ -91,7 +91,7 @@ def test_the_command(folder, tmp_path, capsys):
     assert cli.main(asked) == 0
     printed, page = capsys.readouterr().out, out.read_text(encoding="utf-8")
     assert "completeness error" in printed and "linda" in page and "<b>" not in page
-    assert cli.main([*asked[:2], " ", *asked[3:]]) == 2
+    assert cli.main([*asked[:2], " ", *asked[3:], "--overwrite"]) == 2
     assert "error: the passage is empty" in capsys.readouterr().err
 
 
