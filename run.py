@@ -3,6 +3,7 @@
     python run.py notebooks     open the notebooks in a browser
     python run.py html          execute them all into web pages, in results/
     python run.py test          run the tests; what follows goes to pytest, such as `-k rules`
+    python run.py site          the notebooks and a gallery as a website, in results/site
 
 The first run fills .venv, and later ones start at once; it is filled again when pyproject.toml has changed.
 """
@@ -19,6 +20,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent
 CPU_WHEELS = "https://download.pytorch.org/whl/cpu"
 EXTRAS = ".[notebooks,test]"
+RESULTS = {"html": ("The executed notebooks are", "results"), "site": ("The site is", "results/site")}
 
 
 def main(arguments: list[str] | None = None, root: Path = ROOT) -> int:
@@ -26,7 +28,7 @@ def main(arguments: list[str] | None = None, root: Path = ROOT) -> int:
     parser = argparse.ArgumentParser(
         prog="run.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    parser.add_argument("what", choices=["notebooks", "html", "test"])
+    parser.add_argument("what", choices=["notebooks", "html", "test", "site"])
     parser.add_argument("--cpu", action="store_true", help="fill .venv with PyTorch for the CPU alone")
     asked, further = parser.parse_known_args(arguments)
     try:
@@ -39,8 +41,8 @@ def main(arguments: list[str] | None = None, root: Path = ROOT) -> int:
     except KeyboardInterrupt:
         print("\nstopped", file=sys.stderr)
         return 130
-    if asked.what == "html" and status == 0:
-        print(f"The executed notebooks are in {root / 'results'}")
+    if asked.what in RESULTS and status == 0:
+        print(f"{RESULTS[asked.what][0]} in {root / RESULTS[asked.what][1]}")
     return status
 
 
@@ -51,6 +53,8 @@ def command(what: str, root: Path) -> list[str]:
     if what == "html":
         notebooks = sorted(str(path.relative_to(root)) for path in (root / "notebooks").glob("*.ipynb"))
         return [python, "-m", "nbconvert", "--execute", "--to", "html", "--output-dir", "results", *notebooks]
+    if what == "site":
+        return [python, "-m", "mkdocs", "build", "--quiet", "--strict", "-f", "site/mkdocs.yml"]
     is_root = getattr(os, "geteuid", lambda: 1)() == 0  # in a container, say; there is none on Windows
     return [python, "-m", "jupyter", "lab", "notebooks", *(["--allow-root"] if is_root else [])]
 

@@ -28,7 +28,7 @@ from .families import Inputs, call, check_inputs, explains_picture_for_texts, na
 from .parts import Found, Place, find_places, visiting
 from .readout import chosen_rows, explained, kept_rows
 from .recording import Request, record, standing_in, token_place, with_tokens
-from .streams import removed
+from .streams import in_this_thread, removed
 
 Metric = Callable[[Tensor], Tensor]
 TOKENS_AT_ONCE = 2048  # of all copies of a prompt that run side by side; bounds the memory
@@ -350,7 +350,7 @@ def noted_results(blocks: Sequence[nn.Module]) -> Iterator[list[Any]]:
     def note(block, args, result):
         results.append(result)
 
-    with removed(block.register_forward_hook(note) for block in set(blocks)):
+    with removed(block.register_forward_hook(in_this_thread(note)) for block in set(blocks)):
         yield results
     if len(set(blocks)) < len(blocks) or not all(map(is_tokens_alone, results)):
         results.clear()

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-import numpy as np
 import torch
 from matplotlib.figure import Figure
 from PIL import Image
@@ -16,7 +15,7 @@ from .attribution import Attribution, attribute
 from .engine import Rules
 from .families import check_inputs
 from .methods import NAMED_RULES
-from .models import LoadedModel, token_texts
+from .models import LoadedModel, seen_picture, token_texts
 from .plots import LOOK, Look, Strip, heatmaps
 from .prompts import attribute_prompts
 
@@ -105,16 +104,6 @@ def picture_figure(
         for i, title in enumerate(titles)
     }
     return heatmaps([seen_picture(loaded, pixels)], maps, size=2.4, look=look)
-
-
-def seen_picture(loaded: LoadedModel, pixels: Tensor) -> np.ndarray:
-    """(H, W, 3) uint8 from the model's input, its normalisation undone."""
-    normalise = [
-        step for step in getattr(loaded.transform, "transforms", []) if hasattr(step, "mean") and hasattr(step, "std")
-    ]
-    mean, std = (normalise[-1].mean, normalise[-1].std) if normalise else (0.5, 0.5)
-    mean, std = (torch.as_tensor(value, dtype=pixels.dtype).reshape(-1, 1, 1) for value in (mean, std))
-    return ((pixels * std + mean).clamp(0, 1) * 255).byte().permute(1, 2, 0).numpy()
 
 
 def crop_box(transform: Any, size: tuple[int, int]) -> tuple[float, float, float, float]:

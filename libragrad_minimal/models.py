@@ -83,6 +83,16 @@ def load_pretrained(kind: str, name: str, device_map: str | None = None) -> Load
     return load(name, device_map)
 
 
+def seen_picture(loaded: LoadedModel, pixels: Tensor) -> np.ndarray:
+    """What the model sees, for people: (H, W, 3) uint8 from its input (3, H, W), whose normalisation is undone."""
+    normalise = [
+        step for step in getattr(loaded.transform, "transforms", []) if hasattr(step, "mean") and hasattr(step, "std")
+    ]
+    mean, std = (normalise[-1].mean, normalise[-1].std) if normalise else (0.5, 0.5)
+    mean, std = (torch.as_tensor(value, dtype=pixels.dtype).reshape(-1, 1, 1) for value in (mean, std))
+    return ((pixels * std + mean).clamp(0, 1) * 255).byte().permute(1, 2, 0).numpy()
+
+
 def kind_of(name: str) -> str:
     """Whose model a name is: "vit", timm's; "clip", open_clip's; else "llama", transformers'."""
     import open_clip

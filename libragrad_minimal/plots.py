@@ -227,7 +227,7 @@ def heatmaps(
         grid[row, 0].imshow(picture)
         _name_row(grid[row, 0], row, row_titles)
         for axes, maps in zip(grid[row, 1:], columns.values(), strict=True):
-            _show_map(axes, np.asarray(picture), np.asarray(maps[row], dtype=float), look)
+            axes.imshow(blended(np.asarray(picture), np.asarray(maps[row], dtype=float), look))
     for axes, title in zip(grid[0], titles, strict=True):
         _entitle(axes, title, size)
     for axes in grid.flat:
@@ -267,7 +267,7 @@ def prompt_maps(
         _name_row(grid[row, 0], row, row_titles)
         full = np.quantile(np.abs(np.asarray(scores)), 0.98) or 1
         for axes, title, one in zip(grid[row, 1:], titles, scores, strict=False):
-            _show_map(axes, np.asarray(picture), np.asarray(one, dtype=float), LOOK, full)
+            axes.imshow(blended(np.asarray(picture), np.asarray(one, dtype=float), LOOK, full))
             _entitle(axes, title, size)
     figure.tight_layout(pad=0.4)
     plt.close(figure)
@@ -291,11 +291,21 @@ def _name_row(axes: plt.Axes, row: int, titles: Sequence[str]) -> None:
     axes.set_ylabel(name, parse_math=False, fontfamily=families_for(name))
 
 
-def _show_map(axes: plt.Axes, picture: np.ndarray, scores: np.ndarray, look: Look, full: float | None = None) -> None:
+def blended(picture: np.ndarray, scores: np.ndarray, look: Look = LOOK, full: float | None = None) -> np.ndarray:
+    """A score map over its greyed picture.
+
+    Args:
+        picture: (H, W, 3) in 0..255.
+        scores: (h, w), smoothed to the picture's size.
+        look: the colours of both signs; by default orange speaks for the output, blue against it.
+        full: the |score| of full colour; default: the map's 98th percentile, as one outlying patch would make all
+            others pale.
+    Returns:
+        (H, W, 3), uint8.
+    """
     height, width = picture.shape[:2]
     smooth = Image.fromarray(scores.astype(np.float32)).resize((width, height), Image.Resampling.BICUBIC)
-    # full colour not only at the largest: one outlying patch would make all others pale
     strength = look.strength(np.asarray(smooth), 0.98, full)
     opacity = look.alpha * np.abs(strength)[..., None]
     background = 150 + 0.4 * picture.mean(axis=2, keepdims=True)
-    axes.imshow((background * (1 - opacity) + look.colours(strength) * opacity).astype(np.uint8))
+    return (background * (1 - opacity) + look.colours(strength) * opacity).astype(np.uint8)

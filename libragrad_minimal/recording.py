@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
@@ -30,6 +31,7 @@ from .streams import (
     candidates,
     dependents,
     find_streams,
+    in_this_thread,
     is_stream,
     named_blocks,
     removed,
@@ -456,6 +458,9 @@ def gradients_given(given: Mapping[Tensor, Tensor]) -> Iterator[None]:
 # ---- the forward pass ------------------------------------------------------------------------------------------------
 
 
+ONE_AT_A_TIME = threading.RLock()  # which kernel attention takes, and whether compiled code runs, a process decides
+
+
 def record(request: Request, changed: Callable[[Tensor], Tensor] | None = None, copies: bool = False) -> Recording:
     """Run the model once and note what the attribution methods need.
 
@@ -469,7 +474,7 @@ def record(request: Request, changed: Callable[[Tensor], Tensor] | None = None, 
     passed = Passed(request, streams, start, changed, copies)
     # the math kernel is the one whose softmax shows in the graph
     kernel = sdpa_kernel(SDPBackend.MATH) if MAPS in request.reads else contextlib.nullcontext()
-    with removed(passed.hooks()), kernel:
+    with ONE_AT_A_TIME, removed(passed.hooks()), kernel:
         output = answered(request, request.rules.residual or BETWEEN in request.reads)
     if not copies and passed.changed_in_place():
         return record(request, changed, copies=True)
@@ -549,12 +554,12 @@ class Passed:
     def hooks(self) -> Iterator[Any]:
         blocks = set(self.streams.blocks)
         for block in blocks:
-            yield block.register_forward_pre_hook(self.enter, with_kwargs=True)
-            yield block.register_forward_hook(self.leave, with_kwargs=True)
+            yield block.register_forward_pre_hook(in_this_thread(self.enter), with_kwargs=True)
+            yield block.register_forward_hook(in_this_thread(self.leave), with_kwargs=True)
         for block in set(self.streams.second) - blocks:
-            yield block.register_forward_pre_hook(self.enter_second, with_kwargs=True)
+            yield block.register_forward_pre_hook(in_this_thread(self.enter_second), with_kwargs=True)
         if self.start is not None:
-            yield self.start.register_forward_pre_hook(self.enter_start, with_kwargs=True)
+            yield self.start.register_forward_pre_hook(in_this_thread(self.enter_start), with_kwargs=True)
 
     def begin(self, h: Tensor) -> Tensor:
         """Everything before the first block is the input: the graph begins at its tokens."""

@@ -8,8 +8,9 @@ given reaches the answer. Blocks are the members of a list whose inputs are sepa
 from __future__ import annotations
 
 import re
+import threading
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -249,10 +250,11 @@ def look_round(model: nn.Module, inputs: Inputs, lists: dict[str, list[nn.Module
         one.exits = [part.grad_fn for part in tensors_in(result) if part.grad_fn is not None]
 
     def hooks() -> Iterator[Any]:
-        yield from (m.register_forward_hook(embed) for m in plain(model).modules() if isinstance(m, nn.Embedding))
+        embeddings = (module for module in plain(model).modules() if isinstance(module, nn.Embedding))
+        yield from (module.register_forward_hook(in_this_thread(embed)) for module in embeddings)
         for name, block in ((name, block) for name, blocks in lists.items() for block in blocks):
-            yield block.register_forward_pre_hook(enter(name), with_kwargs=True)
-            yield block.register_forward_hook(leave)
+            yield block.register_forward_pre_hook(in_this_thread(enter(name)), with_kwargs=True)
+            yield block.register_forward_hook(in_this_thread(leave))
 
     with removed(hooks()), torch.enable_grad(), saved_tensors_hooks(lambda tensor: None, lambda nothing: nothing):
         answer = call(model, inputs, one_row(model, inputs))
@@ -276,6 +278,16 @@ def led_past(answer: Any, roots: Roots, calls: list[Call]) -> tuple[str, ...]:
     between = {one.source for one in calls if one.source is not None} - {calls[0].source if calls else None}
     past = set(topological([answer.grad_fn], stop=between | {node for one in calls for node in one.exits}))
     return tuple(sorted({roots[root] for root in past & set(roots)} & {roots[root] for root in through & set(roots)}))
+
+
+def in_this_thread(hook: Callable) -> Callable:
+    """The hook for the runs of the thread that sets it: others may be running the same model."""
+    thread = threading.get_ident()
+
+    def own_runs(*args):
+        return hook(*args) if threading.get_ident() == thread else None
+
+    return own_runs
 
 
 @contextmanager
