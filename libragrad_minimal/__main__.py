@@ -33,7 +33,7 @@ try:
     from PIL import Image
 
     from .files import whole_file
-    from .models import LoadedModel, load_demo, load_pretrained, token_texts
+    from .models import DEMOS, VITS, LoadedModel, load_demo, load_pretrained, token_texts
     from .pages import embedded, page
     from .pictures import open_picture
     from .plots import Strip, TokenStrips, heatmaps
@@ -128,7 +128,7 @@ def parser() -> argparse.ArgumentParser:
         audit_command, "audit", "which operations a model has and how each is treated; status 1 if one is unsupported"
     )
     check.add_argument(
-        "model", help="vit, clip, llama (the demos), a timm or open_clip name, or a transformers name or folder"
+        "model", help=f"a demo ({', '.join(DEMOS)}), a timm or open_clip name, or a transformers name or folder"
     )
 
     swept = command(
@@ -152,7 +152,7 @@ def parser() -> argparse.ArgumentParser:
         "does it tell the truth? Every method on a data set, in one table; goes on where it was",
     )
     measured.add_argument(
-        "--model", help="vit, clip, llama (the demos); a name of timm, open_clip (NAME/TAG) or the hub"
+        "--model", help=f"a demo ({', '.join(DEMOS)}); a name of timm, open_clip (NAME/TAG) or the hub"
     )
     measured.add_argument(
         "--data", metavar="KIND:WHERE", help="imagenet, imagenet-s, objects, pets, coco, mura, hub, scenes; texts, hub"
@@ -357,8 +357,8 @@ def attribute_text(
 
 def audit_model(name: str) -> Audit:
     """The audit of a model without its weights, where a library knows its shape."""
-    if name in REAL:
-        loaded = load(name, None)
+    if name in DEMOS:
+        loaded = load("vit" if name in VITS else name, name)
         return audit_text(loaded.model) if name == "llama" else audit_pictures(loaded.model, pixel_size(loaded))
     import open_clip
     import timm
@@ -441,10 +441,11 @@ def load(kind: str, name: str | None) -> LoadedModel:
         from transformers.utils.logging import disable_progress_bar
 
         disable_progress_bar()
-    if name:
-        return load_pretrained(kind, name)
+    demo = name or kind
+    if demo != kind and not (kind == "vit" and demo in VITS):
+        return load_pretrained(kind, demo)
     try:
-        return load_demo(kind)
+        return load_demo(demo)
     except (ValueError, FileNotFoundError) as error:
         raise ValueError(f"{error} Or name a real model: --model {REAL[kind]}") from error
 
