@@ -17,7 +17,7 @@ import progress
 import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
-from timm.layers import resample_abs_pos_embed, resample_patch_embed
+from timm.layers import resample_abs_pos_embed, resample_patch_embed, set_fused_attn
 from torch import nn
 from torch.func import functional_call
 from torch.utils.data import DataLoader, Dataset
@@ -137,6 +137,7 @@ def answer_in_patches(model: nn.Module, images: torch.Tensor, patch: int) -> tor
 def train(name: str, steps: int, seed: int) -> None:
     recipe, file = RECIPES[name], progress.FOLDER / f"train_vits_{name}.pt"
     torch.manual_seed(seed)
+    set_fused_attn(False)  # whose backward pass takes, on a CPU, half of a step's time
     model = build(name, recipe.sizes).train()
     optimizers = optimizers_of(model, recipe)
     done, seconds = 0, 0.0
