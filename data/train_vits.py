@@ -56,7 +56,7 @@ RECIPES = {
     "vit": Recipe(sizes(128, 5, 4), 6600, 600, 500, 1e-3, muon=False),
     "eva02": Recipe(SMALL),
     "beitv2": Recipe(SMALL, 1000),
-    "flexivit": Recipe(SMALL, other_patch=16),
+    "flexivit": Recipe(SMALL, 1100, other_patch=16),
     "siglip": Recipe(SMALL),
     "clip_vit": Recipe(SMALL),
     "deit3": Recipe(SMALL, 1000),  # LayerScale, which begins small, takes longer
