@@ -35,7 +35,7 @@ def tokens_entering_each_block(vit, images):
 FAMILIES = {
     "vit": ("VisionTransformer", 1, nn.GELU),
     "eva02": ("Eva", 1, layers.SwiGLU),
-    "beitv2": ("Beit", 1, beit.RelativePositionBias),
+    "beitv2": ("Beit", 1, beit.Attention),
     "flexivit": ("VisionTransformer", 1, nn.GELU),
     "siglip": ("VisionTransformer", 0, layers.AttentionPoolLatent),
     "clip_vit": ("VisionTransformer", 1, layers.QuickGELU),
