@@ -1,15 +1,14 @@
 """Measure how well one gradient estimates activation patching on a real language model, for notebook 06.
 
     python data/circuits.py pairs     # which prompt pairs are equally long, and told apart by the model
-    python data/circuits.py measure   # -> data/circuits_smollm2.npz; about ten minutes on one core
+    python data/circuits.py measure   # -> data/circuits_smollm2.npz; about 25 minutes on one core
     python data/circuits.py table     # the correlations, from that file
 
 The model is SmolLM2-135M-Instruct, from ../shared/models or, with --model, from the hub or another folder. The file
 holds for every pair, "pair | answers", the metric (logit of the answer minus logit of the other prompt's) on both
 prompts, and where the model tells them apart, "pair | site | how", the effects by patching ("true") and as estimated by
-the gradients of three sets of rules, float16, (layers, positions) or (layers, positions, heads). True patching takes
-time, so it is done for every third block and a few pairs of each task: raise MANY, FEW and lower EVERY for more. A run
-that was stopped goes on where it was.
+the gradients of three sets of rules, float16, (layers, positions) or, for some pairs of each task, (layers, positions,
+heads). A run that was stopped goes on where it was.
 """
 
 import argparse
@@ -32,9 +31,7 @@ RESULT = FOLDER / "circuits_smollm2.npz"
 MODEL = FOLDER.parent / ".." / "shared" / "models" / "smollm2-135m-instruct"
 RULES = {"plain": PLAIN, "Libra": LIBRA, "AttnLRP": ATTN_LRP}
 SITES = ("attention", "mlp", "residual", "heads")
-MANY = 5  # pairs of each task, of those that the model tells apart
-FEW = 2  # of which so many for heads, of which there are nine times as many
-EVERY = 3  # blocks
+OF_HEADS = 4  # pairs of each task, since there are nine times as many heads as parts of the other sites
 
 
 def load(name: str):
@@ -87,15 +84,15 @@ def measure(name: str) -> None:
         prompts = prompts_of(pair, tokenizer)
         answers = results.setdefault(f"{number} | answers", np.array(answers_of(model, *prompts), np.float32))
         told_apart[pair["task"]] += tells_apart(answers)
-        if not tells_apart(answers) or told_apart[pair["task"]] > MANY:
+        if not tells_apart(answers):
             continue
-        for site in SITES if told_apart[pair["task"]] <= FEW else SITES[:3]:
+        for site in SITES if told_apart[pair["task"]] <= OF_HEADS else SITES[:3]:
             if f"{number} | {site} | true" in results:
                 continue
             for how, rules in RULES.items():
                 effect = attribution_patching(model, *prompts, site, rules).effect
                 results[f"{number} | {site} | {how}"] = stored(effect)
-            results[f"{number} | {site} | true"] = stored(patching(model, *prompts, site, every(effect)).effect)
+            results[f"{number} | {site} | true"] = stored(patching(model, *prompts, site).effect)
             save(results)
     save(results)
 
@@ -110,14 +107,8 @@ def in_turn(pairs: list[dict]) -> list[tuple[int, dict]]:
     return [(number, pair) for _, number, pair in sorted(order, key=lambda one: one[:2])]
 
 
-def every(effect: torch.Tensor) -> torch.Tensor:
-    mask = torch.zeros_like(effect, dtype=torch.bool)
-    mask[::EVERY] = True
-    return mask
-
-
 def stored(effect: torch.Tensor) -> np.ndarray:
-    return effect[::EVERY].numpy().astype(np.float16)
+    return effect.numpy().astype(np.float16)
 
 
 def save(results: dict[str, np.ndarray]) -> None:

@@ -273,7 +273,7 @@ def catch_shares(
 
     places = [(one, one.tensor, place) for one in constants for place in one.entrances]
     places += [(one, one.passed_on[0], place) for one in constants if one.passed_on for place in one.passed_on[1]]
-    with removed([place.node.register_prehook(catch(one, value, place)) for one, value, place in places]):
+    with removed(place.node.register_prehook(catch(one, value, place)) for one, value, place in places):
         yield shares
 
 
@@ -290,7 +290,7 @@ def catch_tokens_first(constants: Sequence[Constant]) -> Iterator[set[Node]]:
 
         return hook
 
-    with removed([place.node.register_prehook(catch(place)) for one in constants for place in one.entrances]):
+    with removed(place.node.register_prehook(catch(place)) for one in constants for place in one.entrances):
         yield found
 
 

@@ -12,11 +12,13 @@ from torch import Tensor, nn
 
 from .added_constants import precise
 from .engine import LIBRA, Rules
-from .families import Inputs, check_inputs, explains_picture_for_texts
+from .engine.checks import explained_errors
+from .families import Inputs, check_inputs, explains_picture_for_texts, name_of
 from .methods import METHODS, check_method, default_rules, reads_of
 from .readout import check_target, checked_readout
 from .recording import MAPS, Recording, Request, record
 from .scores import second_scores
+from .streams import find_streams
 
 WARNED = 1e-3  # completeness error, relative to the output, of a method that promises completeness
 
@@ -111,15 +113,17 @@ def attribute_many(
     """
     if isinstance(methods, str) or not isinstance(methods, Iterable):
         raise ValueError(f"methods must be names in a list, or a dict of names with options, got {methods!r}")
-    methods = methods if isinstance(methods, Mapping) else {name: {} for name in methods}
-    for name, options in methods.items():
+    named: list[tuple[Any, Any]] = [*methods.items()] if isinstance(methods, Mapping) else [(m, {}) for m in methods]
+    for name, options in named:
         check_method(name, options)
+    methods = dict(named)
     if rules is not None and not isinstance(rules, Rules):
         raise ValueError(f"rules must be LIBRA, PLAIN, another preset or Rules(...), got {rules!r}")
     check_inputs(model, inputs)
     check_target(target)
     readout = checked_readout(readout)
     asked = Inputs(inputs, about_picture=explains_picture_for_texts(model))
+    warn_of_ways_past(model, asked, blocks)
     names_by_rules: dict[Rules, list[str]] = {}
     for name in methods:
         names_by_rules.setdefault(default_rules(name) if rules is None else rules, []).append(name)
@@ -133,7 +137,7 @@ def attribute_many(
 
 def attribution(run: Recording, name: str, options: Mapping[str, Any]) -> Attribution:
     """One method's result, as users see it."""
-    with torch.enable_grad():
+    with torch.enable_grad(), explained_errors():
         result = METHODS[name](run, **options)
     output, layout = run.output.detach(), run.layout
     total = torch.full_like(output, torch.nan) if result.total is None else result.total.detach()
@@ -147,6 +151,19 @@ def attribution(run: Recording, name: str, options: Mapping[str, Any]) -> Attrib
         second = second_scores(run).detach()
     place = (layout.grid, second, layout.picture, layout.why_no_grid)
     return Attribution(scores, output, error, *place, rules=run.rules, promises_completeness=promised)
+
+
+def warn_of_ways_past(model: nn.Module, inputs: Inputs, blocks: Any) -> None:
+    """Blocks that a user named may be one tower of several: then say what becomes of the rest of the answer."""
+    if blocks is None:
+        return
+    streams = find_streams(model, inputs, blocks)
+    if streams.beside:
+        warnings.warn(
+            f"{streams.told_beside()} reaches the answer of {name_of(model)} past the named blocks, too; what comes "
+            "that way counts as a constant that lies on no token",
+            stacklevel=4,
+        )
 
 
 def complete(rules: Rules) -> bool:

@@ -4,9 +4,9 @@ Two prompts of equal length, *clean* and *corrupt*, differ in the words that dec
 on the clean one while one part, at one position, behaves as on the corrupt one, and notes how much the answer changes:
 one forward pass for each part. Attribution patching estimates all of these changes at once, from one backward pass:
 (corrupt activation - clean activation) x gradient (Nanda 2023; Syed et al. 2023; Kramar et al. 2024, "AtP*"). Balanced
-gradients make better estimates for MLPs and the stream; for attention it depends on the block (Jafari et al. 2025,
-"RelP", who edit the model for it; measured here by data/circuits.py, every third block). No estimate sees what a part
-does to where attention looks, if that attention is saturated.
+gradients make better estimates for MLPs and the stream, and hardly better ones for attention (Jafari et al. 2025,
+"RelP", who edit the model for it; measured here by data/circuits.py). No estimate sees what a part does to where
+attention looks, if that attention is saturated.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from .families import Inputs, call, check_inputs, explains_picture_for_texts, na
 from .parts import Found, Place, find_places, visiting
 from .readout import chosen_rows, explained, kept_rows
 from .recording import Request, record, standing_in, token_place, with_tokens
-from .streams import removed
+from .streams import in_this_thread, removed
 
 Metric = Callable[[Tensor], Tensor]
 TOKENS_AT_ONCE = 2048  # of all copies of a prompt that run side by side; bounds the memory
@@ -350,7 +350,7 @@ def noted_results(blocks: Sequence[nn.Module]) -> Iterator[list[Any]]:
     def note(block, args, result):
         results.append(result)
 
-    with removed([block.register_forward_hook(note) for block in set(blocks)]):
+    with removed(block.register_forward_hook(in_this_thread(note)) for block in set(blocks)):
         yield results
     if len(set(blocks)) < len(blocks) or not all(map(is_tokens_alone, results)):
         results.clear()

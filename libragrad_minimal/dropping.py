@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from .families import Inputs, name_of
 from .layout import Axes, Layout, first_tokens, layout_of
-from .streams import find_streams, removed, stream_argument
+from .streams import find_streams, in_this_thread, removed, stream_argument
 
 
 def drop_tokens(pictures: Tensor, keep: Tensor) -> tuple[Tensor, Tensor]:
@@ -118,7 +118,7 @@ def run_with(
             return (*args[:place], kept, *args[place + 1 :]), kwargs
         return args, {**kwargs, place: kept}
 
-    with removed([block.register_forward_pre_hook(drop, with_kwargs=True) for block in set(blocks)]):
+    with removed(block.register_forward_pre_hook(in_this_thread(drop), with_kwargs=True) for block in set(blocks)):
         result = run()
     if not entered:
         raise ValueError(f"model_fn doesn't run {name_of(model)}: give the model, or the tower, that it runs")

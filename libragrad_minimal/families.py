@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -155,7 +155,7 @@ def pairs_pictures_and_texts(model: nn.Module) -> bool:
 def call(model: nn.Module, inputs: Inputs, rows: Tensor | None = None) -> Any:
     """The model's answer: its logits, else all that it returns. rows: the positions whose logits are wanted."""
     given = inputs.copied()  # the model may change them in place
-    with blamed_on_inputs(model, inputs):
+    with blamed_on_inputs(model, inputs), torch.compiler.set_stance("force_eager"):  # compiled, no graph shows
         if pairs_pictures_and_texts(model) and isinstance(given, Tensor):
             encode = plain(model).encode_image if inputs.text is None else plain(model).encode_text
             return encode(given, normalize=True)
@@ -169,19 +169,23 @@ def call(model: nn.Module, inputs: Inputs, rows: Tensor | None = None) -> Any:
         return answer_of(model(**{**given, **settings}))
 
 
+def blamed_on_inputs(model: nn.Module, inputs: Inputs) -> AbstractContextManager[None]:
+    """Inside, what the model's own code raises tells that it was that."""
+    missing = "decoder_input_ids"
+    hint = f" (it is given no {missing})" if accepts(model, missing) and missing not in inputs.tensors else ""
+    return blamed(f"{name_of(model)} itself doesn't run on these inputs{hint}")
+
+
 @contextmanager
-def blamed_on_inputs(model: nn.Module, inputs: Inputs) -> Iterator[None]:
-    """Inside, what the model's own code raises tells that it was that. Out of memory, and what is ours, passes."""
+def blamed(sentence: str) -> Iterator[None]:
+    """Inside, what other people's code raises becomes a ValueError that begins with the sentence. Out of memory, and
+    what is ours, passes."""
     try:
         yield
-    except (RuntimeError, AssertionError, TypeError, AttributeError, LookupError, ValueError) as error:
+    except (RuntimeError, AssertionError, TypeError, AttributeError, LookupError, ValueError, ArithmeticError) as error:
         if isinstance(error, torch.OutOfMemoryError) or "memory" in str(error) or is_ours(error):
             raise
-        missing = "decoder_input_ids"
-        hint = f" (it is given no {missing})" if accepts(model, missing) and missing not in inputs.tensors else ""
-        raise ValueError(
-            f"{name_of(model)} itself doesn't run on these inputs{hint}: {type(error).__name__}: {error}"
-        ) from error
+        raise ValueError(f"{sentence}: {type(error).__name__}: {error}") from error
 
 
 def is_ours(error: Exception) -> bool:
@@ -359,7 +363,7 @@ def check_batch(model: nn.Module, inputs: Inputs) -> None:
             raise ValueError(
                 f"pictures must be floating-point numbers, got {one.dtype}: convert and normalise them first"
             )
-        if one.dim() == 3:
+        if one.dim() == 3 and "spatial_shapes" not in named:  # which tells of flat patches
             raise ValueError(
                 f"pictures need four dimensions, (B, 3, H, W), got {tuple(one.shape)}: add the one of samples, "
                 "picture[None]"

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from .families import Inputs, call, name_of, picture_token_ids, plain, said_grids
-from .streams import removed, stream_argument
+from .streams import in_this_thread, removed, stream_argument
 
 BASE = 4  # neighbours of a row, which overlapping patches look at too, have other last digits
 SURE = 0.8  # share of tokens that must spell a digit right; in a wrong grid it is a quarter
@@ -89,7 +89,7 @@ def first_tokens(model: nn.Module, inputs: Inputs, blocks: tuple[nn.Module, ...]
             found.append((args[place] if isinstance(place, int) else kwargs[place]).detach())
             raise Reached
 
-    hooks = [block.register_forward_pre_hook(enter, with_kwargs=True) for block in set(blocks)]
+    hooks = (block.register_forward_pre_hook(in_this_thread(enter), with_kwargs=True) for block in set(blocks))
     with removed(hooks), torch.no_grad(), without_nested_tensors():
         try:
             call(model, inputs)
@@ -102,8 +102,8 @@ def first_tokens(model: nn.Module, inputs: Inputs, blocks: tuple[nn.Module, ...]
 def without_nested_tensors() -> Iterator[None]:
     """Inside, nn.TransformerEncoder doesn't leave padding out of its tensors, as it does where there is no graph."""
     before = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
     try:
+        torch.backends.mha.set_fastpath_enabled(False)
         yield
     finally:
         torch.backends.mha.set_fastpath_enabled(before)

@@ -4,8 +4,9 @@ else lists them."""
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable
+from collections.abc import Mapping
 from dataclasses import replace
+from typing import Any
 
 from . import attention_methods, averaged, cams, gradient_methods
 from .engine import ALI_LRP, ATTN_LRP, CP_LRP, DECOMPX, LIBRA, PLAIN, Rules
@@ -71,10 +72,13 @@ METHODS |= {f"IG {name}": averaged.integrated(METHODS[name]) for name in AVERAGE
 METHODS |= {f"SmoothGrad {name}": averaged.smoothed(METHODS[name]) for name in AVERAGED}
 
 
-def check_method(method: str, options: Iterable[str]) -> None:
+def check_method(method: Any, options: Any) -> None:
+    """Raises ValueError for a method, or options of it, that there aren't."""
     if method not in list(METHODS):
         raise ValueError(f"unknown method {method!r}; there are {', '.join(METHODS)}")
+    if not isinstance(options, Mapping):
+        raise ValueError(f"options of {method} must be a dict of names and values, got {options!r}; without any, {{}}")
     known = list(inspect.signature(METHODS[method]).parameters)[1:]
     unknown = [option for option in options if option not in known]
     if unknown:
-        raise ValueError(f"{method} has no option {', '.join(unknown)}; it has {', '.join(known) or 'none'}")
+        raise ValueError(f"{method} has no option {', '.join(map(str, unknown))}; it has {', '.join(known) or 'none'}")

@@ -20,7 +20,8 @@ from torch import Tensor, nn
 
 from .checkpoints import LONGEST, Checkpoint, damaged, read_checkpoint
 from .demo_vits import SIDE, VITS, build
-from .untrusted import check_open_clip_config, config_of_weights, in_one_sentence
+from .sentences import one_line
+from .untrusted import check_open_clip_config, config_of_weights, in_one_sentence, place_of
 
 PACKAGE = Path(__file__).resolve().parent
 DATA = PACKAGE / "data" if (PACKAGE / "data").is_dir() else PACKAGE.parent / "data"  # in a wheel; in a clone
@@ -64,9 +65,10 @@ def load_pretrained(kind: str, name: str, device_map: str | None = None) -> Load
 
     Args:
         kind: "vit", "clip" or "llama".
-        name: for "vit" a timm name; for "llama" a hub's name or a folder; for "clip" open_clip's name and tag,
-            "ViT-B-16/laion2b_s34b_b88k", a name and a file in place of the tag, "ViT-B-16/folder/weights.safetensors",
-            or "hf-hub:owner/name" or "local-dir:folder", which hold their own shape.
+        name: for "vit" a timm name; for "llama" a hub's name, a folder or a .gguf file ("folder/x.gguf", or a hub's
+            "owner/name/x.gguf"); for "clip" open_clip's name and tag, "ViT-B-16/laion2b_s34b_b88k", a name and a file
+            in place of the tag, "ViT-B-16/folder/weights.safetensors", or "hf-hub:owner/name" or "local-dir:folder",
+            which hold their own shape.
         device_map: of a "llama": "auto" spreads one that is too large for a device over all there are (accelerate).
     Returns:
         The model in eval mode: a "llama" on the GPU in half precision where there is one, all others on the CPU, fp32.
@@ -80,6 +82,16 @@ def load_pretrained(kind: str, name: str, device_map: str | None = None) -> Load
     if kind != "llama":
         raise ValueError(f"device_map spreads language models over devices; {name} is none")
     return load(name, device_map)
+
+
+def seen_picture(loaded: LoadedModel, pixels: Tensor) -> np.ndarray:
+    """What the model sees, for people: (H, W, 3) uint8 from its input (3, H, W), whose normalisation is undone."""
+    normalise = [
+        step for step in getattr(loaded.transform, "transforms", []) if hasattr(step, "mean") and hasattr(step, "std")
+    ]
+    mean, std = (normalise[-1].mean, normalise[-1].std) if normalise else (0.5, 0.5)
+    mean, std = (torch.as_tensor(value, dtype=pixels.dtype).reshape(-1, 1, 1) for value in (mean, std))
+    return ((pixels * std + mean).clamp(0, 1) * 255).byte().permute(1, 2, 0).numpy()
 
 
 def kind_of(name: str) -> str:
@@ -249,7 +261,7 @@ def _pretrained_llama(name: str, device_map: str | None = None) -> LoadedModel:
             )
             return _download_llama(UNGATED_LLAMA, device_map)
         if _cause(error, LocalEntryNotFoundError) is not None:
-            raise _unreachable(name, "the path of a folder that holds a model", "llama") from error
+            raise _unreachable(name, "the path of a folder or of a .gguf file that holds a model", "llama") from error
         raise
 
 
@@ -257,12 +269,25 @@ def _download_llama(name: str, device_map: str | None) -> LoadedModel:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     device, dtype = _device_and_dtype()
-    safe = {"trust_remote_code": False, "config": config_of_weights(name)}  # said aloud, or transformers asks
-    tokenizer = AutoTokenizer.from_pretrained(name, **safe)
-    safe |= {"use_safetensors": True}
-    model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, device_map=device_map, **safe)
+    place, file = place_of(name)
+    safe = {"trust_remote_code": False, "config": config_of_weights(name), **file}  # said aloud, or transformers asks
+    tokenizer = AutoTokenizer.from_pretrained(place, **safe)
+    safe |= _unpacked() if file else {"use_safetensors": True}
+    options = {"dtype": dtype, "device_map": device_map, "output_loading_info": True}
+    model, found = AutoModelForCausalLM.from_pretrained(place, **options, **safe)
+    if missing := sorted(found["missing_keys"]):  # transformers makes them up
+        raise ValueError(f"{name} lacks {len(missing)} of its weights, such as {one_line(missing[0], 100)}")
     model = model if device_map else model.to(device)
     return _describe_llama(name, model, tokenizer)
+
+
+def _unpacked() -> dict[str, Any]:
+    """What makes a GGUF's weights ordinary ones; else newer versions of transformers keep them packed, for a kernel of
+    the hub that is run wherever `kernels` is installed and that has no gradient."""
+    import transformers
+
+    known = hasattr(transformers, "GgufConfig")
+    return {"quantization_config": transformers.GgufConfig(dequantize=True)} if known else {}
 
 
 def _describe_llama(name: str, model: Any, tokenizer: Any) -> LoadedModel:
@@ -282,8 +307,12 @@ def _device_and_dtype() -> tuple[str, torch.dtype]:
     return "cuda", torch.bfloat16 if torch.cuda.get_device_capability() >= (8, 0) else torch.float16
 
 
-def _unreachable(name: str, alternative: str, kind: str) -> OSError:
-    return OSError(
+class Unreachable(OSError):
+    """The hub can't be reached, and what is asked of it isn't in its cache."""
+
+
+def _unreachable(name: str, alternative: str, kind: str) -> Unreachable:
+    return Unreachable(
         f"{name} is not on this machine and the hub can't be reached. Connect to the internet (and unset "
         f'HF_HUB_OFFLINE), give {alternative}, or use load_demo("{kind}").'
     )
@@ -368,6 +397,7 @@ def _demo_clip_architecture(checkpoint: Checkpoint, words: int) -> dict[str, Any
 
 def _pretrained_clip(name: str) -> LoadedModel:
     import open_clip
+    from huggingface_hub.errors import LocalEntryNotFoundError
 
     itself = name.startswith(("hf-hub:", "local-dir:"))
     architecture, _, tag = (name, "", "") if itself else name.partition("/")
@@ -383,7 +413,12 @@ def _pretrained_clip(name: str) -> LoadedModel:
         )
     if itself:
         check_open_clip_config(name)
-    model, _, transform = open_clip.create_model_and_transforms(architecture, tag or None)
+    try:
+        model, _, transform = open_clip.create_model_and_transforms(architecture, tag or None)
+    except (OSError, RuntimeError) as error:
+        if _cause(error, LocalEntryNotFoundError) is None:
+            raise
+        raise _unreachable(name, "a file of weights, NAME/FILE,", "clip") from error
     return _describe_clip(name, model, transform, open_clip.get_tokenizer(architecture))
 
 

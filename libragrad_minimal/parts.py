@@ -24,7 +24,7 @@ from .engine.nodes import Edge, edge_of, operation_name, result_shape
 from .families import name_of, plain
 from .layout import Axes
 from .recording import Recording, Request, find_attention, record, token_place, with_tokens
-from .streams import below, dependents, removed, separators, stream_argument, topological
+from .streams import below, dependents, in_this_thread, removed, separators, stream_argument, topological
 
 SITES = ("attention", "mlp", "residual", "heads", "neurons")
 
@@ -116,7 +116,7 @@ def listening(model: nn.Module) -> Iterator[list[Called]]:
         # a copy goes on: a tensor that the model changes in place would belong to another node afterwards
         return with_returned(result, returned.clone())
 
-    with removed([module.register_forward_hook(note, with_kwargs=True) for module in model.modules()]):
+    with removed(module.register_forward_hook(in_this_thread(note), with_kwargs=True) for module in model.modules()):
         yield calls
 
 
@@ -292,7 +292,7 @@ FOUND_BY: dict[str, Callable[[Block], Place]] = dict(attention=attention, mlp=ml
 @contextlib.contextmanager
 def visiting(places: Mapping[int, Place], visit: Callable[[int, Tensor], Tensor]) -> Iterator[None]:
     """Inside, each place's tensor is handed to visit(layer, tensor) and gives way to what that returns."""
-    with removed([hook_at(place, layer, visit) for layer, place in places.items()]):
+    with removed(hook_at(place, layer, visit) for layer, place in places.items()):
         yield
 
 
@@ -315,5 +315,5 @@ def hook_at(place: Place, layer: int, visit: Callable[[int, Tensor], Tensor]) ->
         return with_returned(result, visit(layer, returned))
 
     if place.given:
-        return place.module.register_forward_pre_hook(enter, with_kwargs=True)
-    return place.module.register_forward_hook(leave)
+        return place.module.register_forward_pre_hook(in_this_thread(enter), with_kwargs=True)
+    return place.module.register_forward_hook(in_this_thread(leave))

@@ -5,14 +5,15 @@ Answers with one row a token, a patch or a query, or with one a pixel, need to b
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from . import targets
-from .families import Inputs, accepts, embedding_of, generates, name_of
+from .families import Inputs, accepts, blamed, embedding_of, generates, name_of
+from .streams import removed, tensors_in
 
 CHOICES = (
     "readout=3 for row 3, readout=tensor of one row a sample, readout='last', or a function of the whole answer as "
@@ -99,9 +100,9 @@ def explained(model: nn.Module, answer: Any, target: Any, readout: Any, rows: Te
     if not isinstance(answer, Tensor):
         answer = vector_answer(name, answer, target, readout)
         if callable(target):
-            return checked_output(target(answer), samples)
+            return picked(target, answer, samples)
     if callable(target) and readout is None:
-        return checked_output(target(answer), samples)
+        return picked(target, answer, samples)
     answer = answer if answer.dim() else answer.expand(1)  # squeezed
     if len(answer) != samples:
         raise ValueError(f"{name} answers with {tuple(answer.shape)} to {samples} samples: give a function as target")
@@ -114,7 +115,7 @@ def explained(model: nn.Module, answer: Any, target: Any, readout: Any, rows: Te
             f"{name} answers with one row of {answer.shape[1]} numbers a sample: there is no row to choose"
         )
     if callable(target):
-        return checked_output(target(answer), samples)
+        return picked(target, answer, samples)
     return chosen_class(answer, target)
 
 
@@ -181,10 +182,24 @@ def single_number(name: str, answer: Tensor, target: Any) -> Tensor:
     )
 
 
-def checked_output(output: Any, samples: int) -> Tensor:
+def picked(target: Callable[[Any], Any], answer: Any, samples: int) -> Tensor:
+    """What a user's function returns of the answer, if it is (B,) numbers that gradients can start from."""
+
+    def refuse(gradient):
+        raise ValueError(
+            "the target function runs a backward pass: let it return the numbers (B,) alone, their gradients are "
+            "computed afterwards"
+        )
+
+    hooks = (tensor.register_hook(refuse) for tensor in tensors_in(answer) if tensor.requires_grad)
+    with removed(hooks), blamed("the target function fails on the model's answer"):
+        output = target(answer)
     if not isinstance(output, Tensor) or output.shape != (samples,):
         found = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
         raise ValueError(f"target(answer) must be one number per sample ({samples},), got {found}")
+    if output.layout != torch.strided or not output.is_floating_point():
+        kind = output.dtype if output.layout == torch.strided else f"{output.layout}, of which .to_dense() makes them"
+        raise ValueError(f"target(answer) must be ordinary floating-point numbers, got {kind}")
     return output
 
 

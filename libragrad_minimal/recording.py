@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
@@ -30,6 +31,7 @@ from .streams import (
     candidates,
     dependents,
     find_streams,
+    in_this_thread,
     is_stream,
     named_blocks,
     removed,
@@ -437,7 +439,7 @@ def caught_map_gradients(maps: list[AttentionMap]) -> Iterator[dict[int, Tensor]
 
         return place.product.register_prehook(hook)
 
-    with removed([catch(i, place) for i, place in enumerate(maps)]):
+    with removed(catch(i, place) for i, place in enumerate(maps)):
         yield found
 
 
@@ -449,11 +451,14 @@ def gradients_given(given: Mapping[Tensor, Tensor]) -> Iterator[None]:
         return lambda arriving: tuple(gradient if i == place else g for i, g in enumerate(arriving))
 
     edges = {get_gradient_edge(tensor): gradient for tensor, gradient in given.items()}
-    with removed([edge.node.register_prehook(give(edge.output_nr, g)) for edge, g in edges.items()]):
+    with removed(edge.node.register_prehook(give(edge.output_nr, g)) for edge, g in edges.items()):
         yield
 
 
 # ---- the forward pass ------------------------------------------------------------------------------------------------
+
+
+ONE_AT_A_TIME = threading.RLock()  # which kernel attention takes, and whether compiled code runs, a process decides
 
 
 def record(request: Request, changed: Callable[[Tensor], Tensor] | None = None, copies: bool = False) -> Recording:
@@ -469,7 +474,7 @@ def record(request: Request, changed: Callable[[Tensor], Tensor] | None = None, 
     passed = Passed(request, streams, start, changed, copies)
     # the math kernel is the one whose softmax shows in the graph
     kernel = sdpa_kernel(SDPBackend.MATH) if MAPS in request.reads else contextlib.nullcontext()
-    with removed(passed.hooks()), kernel:
+    with ONE_AT_A_TIME, removed(passed.hooks()), kernel:
         output = answered(request, request.rules.residual or BETWEEN in request.reads)
     if not copies and passed.changed_in_place():
         return record(request, changed, copies=True)
@@ -481,8 +486,7 @@ def answered(request: Request, residuals: bool) -> Tensor:
     model, inputs = request.model, request.inputs
     rows = chosen_rows(model, inputs, request.target, request.readout)
     kept, rows = kept_rows(model, inputs, rows)
-    eager = torch.compiler.set_stance("force_eager")
-    with torch.no_grad(), eager, unfused(model), observed(residuals=residuals):
+    with torch.no_grad(), unfused(model), observed(residuals=residuals):
         answer = call(model, inputs, kept)
         if rows is not None:
             number = None if kept is None else len(kept)
@@ -547,16 +551,15 @@ class Passed:
     returned: list[Any] = field(default_factory=list)
     second: list[Tensor] = field(default_factory=list)
 
-    def hooks(self) -> list[Any]:
+    def hooks(self) -> Iterator[Any]:
         blocks = set(self.streams.blocks)
-        others = set(self.streams.second) - blocks
-        start = [] if self.start is None else [self.start]
-        return [
-            *(block.register_forward_pre_hook(self.enter, with_kwargs=True) for block in blocks),
-            *(block.register_forward_hook(self.leave, with_kwargs=True) for block in blocks),
-            *(block.register_forward_pre_hook(self.enter_second, with_kwargs=True) for block in others),
-            *(module.register_forward_pre_hook(self.enter_start, with_kwargs=True) for module in start),
-        ]
+        for block in blocks:
+            yield block.register_forward_pre_hook(in_this_thread(self.enter), with_kwargs=True)
+            yield block.register_forward_hook(in_this_thread(self.leave), with_kwargs=True)
+        for block in set(self.streams.second) - blocks:
+            yield block.register_forward_pre_hook(in_this_thread(self.enter_second), with_kwargs=True)
+        if self.start is not None:
+            yield self.start.register_forward_pre_hook(in_this_thread(self.enter_start), with_kwargs=True)
 
     def begin(self, h: Tensor) -> Tensor:
         """Everything before the first block is the input: the graph begins at its tokens."""
@@ -626,7 +629,7 @@ class Passed:
             second=self.second[0] if self.second else None,
             layout=layout,
             axes=axes,
-            valid=valid_tokens(inputs.mask, layout, samples, length).to(output.device),
+            valid=valid_tokens(self.mask(inputs, output, layout), layout, samples, length).to(output.device),
             is_text=inputs.picture is None or inputs.text is not None,
             left=self.left,
             entered=self.entered,
@@ -636,16 +639,32 @@ class Passed:
             again=partial(record, request, self.changed),
         )
 
+    def mask(self, inputs: Inputs, output: Tensor, layout: Layout) -> Tensor | None:
+        """(B, parts), 0 at padding: the usual mask, else one of a name of its own.
+
+        Whether 0 or 1 is padding in the latter, the output tells, which doesn't feel padding at all.
+        """
+        own = own_masks(inputs)
+        if inputs.mask is not None or not own:
+            return inputs.mask
+        (gradient,) = torch.autograd.grad(output.sum(), self.stream[0], retain_graph=True)
+        felt = layout.pick((layout.axes.arrange(gradient) != 0).any(-1))
+        own = [mask for mask in own if mask.shape == felt.shape]
+        sides = (side.to(felt.device) for mask in own for side in (mask, ~mask))
+        return next((side for side in sides if felt[side].any() and not felt[~side].any()), None)
+
     def check(self, output: Tensor) -> None:
         """Did the blocks run, one after another, and does the output come from them?"""
         name = name_of(self.request.model)
         if not self.stream:
             raise ValueError(f"{name} ran none of its blocks on this input; name those that run, blocks=[...]")
-        if output.grad_fn is None:
+        first = get_gradient_edge(self.stream[0]).node
+        reached = set() if output.grad_fn is None else dependents([output.grad_fn], first)
+        if first not in reached:
             raise ValueError(
-                f"what is explained doesn't depend on the blocks of {name}: is it detached, or of another tower?"
+                f"what is explained doesn't depend on the blocks of {name}: is it detached, of another "
+                "tower, or made by layers without a gradient, as some quantised ones are?"
             )
-        reached = dependents([output.grad_fn], get_gradient_edge(self.stream[0]).node)
         apart = [
             i for i, h in enumerate(self.stream) if not h.requires_grad or get_gradient_edge(h).node not in reached
         ]
@@ -700,6 +719,13 @@ def with_tokens(result: Any, tokens: Tensor) -> Any:
         return tokens
     place = token_place(result, tokens.shape)
     return type(result)(tokens if i == place else part for i, part in enumerate(result))
+
+
+def own_masks(inputs: Inputs) -> list[Tensor]:
+    """Arguments (B, parts) that may tell of padding: called a mask, with zeros and ones."""
+    named = (tensor for name, tensor in inputs.tensors.items() if "mask" in name and tensor.dim() == 2)
+    masks = [tensor.bool() for tensor in named if ((tensor == 0) | (tensor == 1)).all()]
+    return [mask for mask in masks if mask.any() and not mask.all()]
 
 
 def valid_tokens(mask: Tensor | None, layout: Layout, samples: int, length: int) -> Tensor:

@@ -11,12 +11,13 @@ from matplotlib.figure import Figure
 
 from . import pages
 from .benchmark import skipped, summary
+from .showing import RULE_COLOURS
 
 SHOWN = ["MIF accuracy", "LIF accuracy", "SRG", "SRG (logit)", "AP", "pointing game"]
 LOWER_IS_BETTER = {"completeness error"}
 NO_ORDER = {"output", "MIF AOPC", "LIF AOPC", "MIF log-odds", "LIF log-odds"}  # better means different things in them
-COLOURS = {"plain": "#7f7f7f", "libra": "#009e73", "": "black"}
-OTHERS = "#cc79a7"
+COLOURS = {"plain": RULE_COLOURS["plain"], "libra": RULE_COLOURS["Libra"], "": "black"}
+OTHERS = RULE_COLOURS["AttnLRP"]
 
 
 def columns(table: pd.DataFrame) -> pd.DataFrame:

@@ -8,18 +8,29 @@ given reaches the answer. Blocks are the members of a list whose inputs are sepa
 from __future__ import annotations
 
 import re
+import threading
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import Node, get_gradient_edge
+from torch.autograd.graph import Node, get_gradient_edge, saved_tensors_hooks
 
-from .families import STREAM_ARGUMENTS, Inputs, call, name_of, plain, searched
+from .families import (
+    STREAM_ARGUMENTS,
+    Inputs,
+    accepts,
+    call,
+    embedding_of,
+    generates,
+    name_of,
+    plain,
+    searched,
+)
 
 Argument = int | str  # of a block: a position or a name
 
@@ -31,6 +42,10 @@ class Streams:
     blocks: tuple[nn.Module, ...]
     second: tuple[nn.Module, ...] = ()
     of_picture: bool = False  # is it the pixels alone that come in through them, though there is a text as well?
+    beside: tuple[str, ...] = ()  # arguments of the model that reach its answer through the blocks and past them, too
+
+    def told_beside(self) -> str:
+        return " and ".join(name or "the input" for name in self.beside)
 
 
 _found: WeakKeyDictionary[nn.Module, dict[tuple, Streams]] = WeakKeyDictionary()
@@ -39,24 +54,30 @@ _found: WeakKeyDictionary[nn.Module, dict[tuple, Streams]] = WeakKeyDictionary()
 def find_streams(model: nn.Module, inputs: Inputs, blocks: Iterable[str | nn.Module] | str | None = None) -> Streams:
     """The blocks named by the user, else those that the model's only list holds, else those that its graph shows.
 
-    Raises ValueError where there are none, or where it isn't clear which are meant; candidates are listed.
+    Raises ValueError where there are none, where it isn't clear which are meant (candidates are listed), or where a
+    part of the answer leads past them, unless the user named them.
     """
-    if blocks is not None:
-        return Streams(named_blocks(model, blocks))
-    lists = lists_of_blocks(searched(model, inputs))
+    named = None if blocks is None else named_blocks(model, blocks)
+    lists = lists_of_blocks(searched(model, inputs)) if named is None else {"blocks": list(named)}
     if not lists:
         raise ValueError(
             f"{name_of(model)} has no list of blocks, so no tokens between them: name the modules that work on tokens, "
             "blocks=[...]; libra_grad(output, inputs) works on any model, with inputs of your choice"
         )
-    if len(lists) == 1:
-        return Streams(tuple(next(iter(lists.values()))))
     blocks_in_lists = tuple(id(block) for several in lists.values() for block in several)
     key = (tuple(inputs.tensors), inputs.choices(), blocks_in_lists)
     known = _found.setdefault(plain(model), {})
     if key not in known:
         known[key] = streams_in_graph(model, inputs, lists)
-    return known[key]
+    found = known[key]
+    if found.beside and named is None:
+        raise ValueError(
+            f"a part of what {name_of(model)} answers leads past its blocks: {found.told_beside()} reaches the "
+            "answer by another way, too, so tokens between the blocks explain the rest alone. Explain "
+            "libra_grad(output, inputs) from the inputs on; or name the blocks, blocks=[...], and what leads past them "
+            f"counts as a constant; {candidates(model)}"
+        )
+    return found
 
 
 def named_blocks(model: nn.Module, blocks: Iterable[str | nn.Module] | str) -> tuple[nn.Module, ...]:
@@ -132,11 +153,29 @@ class Call:
     entered: Node | None = None  # what it was given; None if it doesn't depend on the inputs
     source: Node | None = None  # the same tensor, what else uses it included
     shape: tuple[int, ...] = ()
-    left: Node | None = None  # what it returned
+    left: Node | None = None  # the tokens that it returned
+    exits: list[Node] = field(default_factory=list)  # all that it returned
+
+
+Roots = dict[Node, str]  # what the model is given, ids once they are embedded -> the name of the argument
 
 
 def streams_in_graph(model: nn.Module, inputs: Inputs, lists: dict[str, list[nn.Module]]) -> Streams:
+    """The streams, out of these lists, that the graph of one forward pass shows."""
     answer, roots, calls = look_round(model, inputs, lists)
+    if len(lists) == 1:
+        found = Streams(tuple(next(iter(lists.values()))))
+    else:
+        found = told_apart(model, inputs, lists, answer, roots, calls)
+    explained = {*found.blocks, *found.second}
+    beside = led_past(answer, roots, [call for call in calls if call.block in explained])
+    return replace(found, beside=beside)
+
+
+def told_apart(
+    model: nn.Module, inputs: Inputs, lists: dict[str, list[nn.Module]], answer: Any, roots: Roots, calls: list[Call]
+) -> Streams:
+    """Which of several lists are blocks."""
     ends = [tensor.grad_fn for tensor in tensors_in(answer) if tensor.grad_fn is not None]
     served = {root: lists_between(ends, root, calls) for root in roots}
     served = {root: names for root, names in served.items() if names}
@@ -162,11 +201,11 @@ def streams_in_graph(model: nn.Module, inputs: Inputs, lists: dict[str, list[nn.
     return Streams(streams[0], streams[1] if len(streams) > 1 else (), of_picture)
 
 
-Roots = dict[Node, str]  # what the model is given, ids once they are embedded -> the name of the argument
-
-
 def look_round(model: nn.Module, inputs: Inputs, lists: dict[str, list[nn.Module]]) -> tuple[Any, Roots, list[Call]]:
-    """One forward pass whose graph begins at everything the model is given: floating-point tensors and embedded ids."""
+    """One forward pass whose graph begins at everything the model is given: floating-point tensors and embedded ids.
+
+    Only which node leads to which is asked, so nothing is saved for a backward pass, and one row of logits is enough.
+    """
     roots: Roots = {}
     calls: list[Call] = []
     running: list[Call] = []
@@ -208,26 +247,68 @@ def look_round(model: nn.Module, inputs: Inputs, lists: dict[str, list[nn.Module
         several = list(filter(is_stream, result if isinstance(result, tuple | list) else [result]))
         tensor = next((part for part in several if tuple(part.shape) == one.shape), several[0] if several else None)
         one.left = None if tensor is None else tensor.grad_fn
+        one.exits = [part.grad_fn for part in tensors_in(result) if part.grad_fn is not None]
 
-    hooks = [m.register_forward_hook(embed) for m in plain(model).modules() if isinstance(m, nn.Embedding)]
-    hooks += [
-        block.register_forward_pre_hook(enter(name), with_kwargs=True)
-        for name, blocks in lists.items()
-        for block in blocks
-    ]
-    hooks += [block.register_forward_hook(leave) for blocks in lists.values() for block in blocks]
-    with removed(hooks), torch.enable_grad():
-        answer = call(model, inputs)
+    def hooks() -> Iterator[Any]:
+        embeddings = (module for module in plain(model).modules() if isinstance(module, nn.Embedding))
+        yield from (module.register_forward_hook(in_this_thread(embed)) for module in embeddings)
+        for name, block in ((name, block) for name, blocks in lists.items() for block in blocks):
+            yield block.register_forward_pre_hook(in_this_thread(enter(name)), with_kwargs=True)
+            yield block.register_forward_hook(in_this_thread(leave))
+
+    with removed(hooks()), torch.enable_grad(), saved_tensors_hooks(lambda tensor: None, lambda nothing: nothing):
+        answer = call(model, inputs, one_row(model, inputs))
     return answer, roots, calls
 
 
+def one_row(model: nn.Module, inputs: Inputs) -> Tensor | None:
+    """The first position, where a model computes logits of chosen ones alone: which way they go, all tell."""
+    chosen = generates(model) and accepts(model, "logits_to_keep") and "labels" not in inputs.tensors
+    return torch.zeros(1, dtype=torch.long) if chosen else None
+
+
+def led_past(answer: Any, roots: Roots, calls: list[Call]) -> tuple[str, ...]:
+    """The arguments that come to the answer both through these blocks and past all of them and what lies between."""
+    if not isinstance(answer, Tensor):  # of many parts; a function picks, and those that are usually picked are asked
+        vector = embedding_of(answer)
+        answer = getattr(answer, "last_hidden_state", None) if vector is None else vector
+    if answer is None or answer.grad_fn is None:
+        return ()
+    through = set(topological([one.entered for one in calls if one.entered is not None]))
+    between = {one.source for one in calls if one.source is not None} - {calls[0].source if calls else None}
+    past = set(topological([answer.grad_fn], stop=between | {node for one in calls for node in one.exits}))
+    return tuple(sorted({roots[root] for root in past & set(roots)} & {roots[root] for root in through & set(roots)}))
+
+
+def in_this_thread(hook: Callable) -> Callable:
+    """The hook for the runs of the thread that sets it: others may be running the same model."""
+    thread = threading.get_ident()
+
+    def own_runs(*args):
+        return hook(*args) if threading.get_ident() == thread else None
+
+    return own_runs
+
+
 @contextmanager
-def removed(hooks: list):
+def removed(hooks: Iterable[Any]) -> Iterator[None]:
+    """Inside, these hooks are on; a generator registers them here, so that an interrupt leaves none of them behind."""
+    registered: list[Any] = []
     try:
+        registered.extend(hooks)
         yield
     finally:
-        for hook in hooks:
-            hook.remove()
+        take_off(registered)
+
+
+def take_off(hooks: list[Any]) -> None:
+    try:
+        while hooks:
+            hooks[-1].remove()
+            hooks.pop()
+    except KeyboardInterrupt:  # between two of them
+        take_off(hooks)
+        raise
 
 
 def tensors_in(answer: Any) -> list[Tensor]:

@@ -25,26 +25,33 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import get_gradient_edge
 from tqdm import tqdm
 
 from .attribution import Attribution, attribute
 from .engine import UnsupportedOperation, additive_constants, libra_grad, observed
-from .families import Inputs, call, explains_picture_for_texts
+from .families import Inputs, call, explains_picture_for_texts, name_of
 from .files import only_one, whole_file
 from .layout import first_tokens, layout_of
-from .readout import chosen_rows, explained, kept_rows
-from .streams import find_streams, removed
+from .readout import chosen_rows, explained, kept_rows, rows_of_answer
+from .streams import find_streams, removed, topological
 from .zoo import Case, NotBuilt, build
 
 COLUMNS = (
     "model kind engine engine_detail engine_error attribute attribute_detail attribute_error grid seconds megabytes "
     "library torch libragrad_minimal"
 ).split()
-DISTRIBUTIONS = {"timm": "timm", "transformers": "transformers", "open_clip": "open_clip_torch"}
+DISTRIBUTIONS = {
+    "timm": "timm",
+    "transformers": "transformers",
+    "open_clip": "open_clip_torch",
+    "treated": "transformers",
+}
 IMPORTED_FIRST = {  # once for all processes: what takes seconds
     "timm": ["timm"],
     "transformers": ["transformers.models.auto.modeling_auto", "transformers.models.llava.modeling_llava"],
     "open_clip": ["open_clip"],
+    "treated": ["transformers.models.auto.modeling_auto"],
 }
 COMPLETE, REFUSED, RAW, WRONG = "complete", "refused", "raw exception", "wrong"
 INCOMPLETE = "incomplete, and says so"
@@ -101,12 +108,12 @@ def incompleteness(case: Case) -> tuple[Tensor, float]:
     def embed(module, args, result):
         return leaf(result) if isinstance(result, Tensor) else (leaf(result[0]), *result[1:])
 
-    hooks = [module.register_forward_hook(embed) for module in embeddings]
+    hooks = (module.register_forward_hook(embed) for module in embeddings)
     with removed(hooks), observed():
         output = explained_number(case, inputs)
     first = output[0]
-    used = torch.autograd.grad(first, leaves, retain_graph=True, allow_unused=True) if leaves else ()
-    leaves = [leaf for leaf, gradient in zip(leaves, used, strict=True) if gradient is not None]
+    below = set(topological([first.grad_fn])) if first.grad_fn is not None else set()
+    leaves = [leaf for leaf in leaves if get_gradient_edge(leaf).node in below]
     if not leaves:
         raise ValueError("nothing that the model is given reaches its answer")
     constants = additive_constants(first, leaves)
@@ -125,7 +132,7 @@ def word_embeddings(model: Any) -> list[nn.Module]:
         named = model.get_input_embeddings()
     except (AttributeError, NotImplementedError):
         named = getattr(model, "token_embedding", None)
-    if named is None:
+    if not isinstance(named, nn.Module):
         return [module for module in model.modules() if isinstance(module, nn.Embedding)]
     weight = getattr(named, "weight", None)
     tied = [m for m in model.modules() if isinstance(m, nn.Embedding) and m.weight is weight and m is not named]
@@ -136,6 +143,9 @@ def explained_number(case: Case, inputs: Inputs) -> Tensor:
     rows = chosen_rows(case.model, inputs, case.target, case.readout)
     kept, rows = kept_rows(case.model, inputs, rows)
     answer = call(case.model, inputs, kept)
+    if rows is not None:
+        number = None if kept is None else len(kept)
+        rows = rows_of_answer(name_of(case.model), inputs, answer, case.readout, rows, number)
     target = case.target.to(answer_type(answer)) if isinstance(case.target, Tensor) else case.target
     return explained(case.model, answer, target, case.readout, rows, inputs.samples)
 
@@ -390,7 +400,7 @@ class Table:
     def __init__(self, path: Path, library: str) -> None:
         self.path = path
         self.versions = {
-            "library": f"{library} {version(DISTRIBUTIONS[library])}",
+            "library": f"{library} {version(DISTRIBUTIONS.get(library, 'transformers'))}",
             "torch": torch.__version__,
             "libragrad_minimal": version("libragrad_minimal"),
         }

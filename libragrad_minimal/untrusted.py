@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from .gguf_header import tensor_shapes
 from .sentences import one_line
 
 # What transformers computes by itself; by all other names it loads libraries, some of them from the hub.
@@ -57,21 +58,38 @@ def entries(config: Any, path: str = "") -> Iterator[tuple[str, Any]]:
         yield path, config
 
 
+def place_of(name: str) -> tuple[str, dict[str, str]]:
+    """Where transformers finds a model, and what else it must be told: of FOLDER/x.gguf or OWNER/NAME/x.gguf the file.
+
+    A folder that holds one .gguf file and no config means that file.
+    """
+    folder = Path(name)
+    files = [path.name for path in folder.glob("*.gguf")] if folder.is_dir() else []
+    if len(files) == 1 and not (folder / "config.json").exists():
+        return name, {"gguf_file": files[0]}
+    if name.endswith(".gguf") and not folder.is_dir():
+        return str(folder.parent), {"gguf_file": folder.name}
+    return name, {}
+
+
 def transformers_config(name: str) -> Any:
     """A model's config, to be handed to whatever builds the model, so that nothing reads it once more.
 
     Where attention is computed by a library that may not be here, transformers' own choice takes its place.
 
     Args:
-        name: a hub's name or a folder.
+        name: a hub's name, a folder or a .gguf file.
     Raises:
         ValueError: it names code, or can't be understood. OSError: there is none, or the hub can't be reached.
     """
     from transformers import AutoConfig, PreTrainedConfig
 
+    place, file = place_of(name)
     with in_one_sentence(f"{name} has a config that can't be used"):
-        refuse_remote_code(PreTrainedConfig.get_config_dict(name)[0], name)  # all that is said
-        config = AutoConfig.from_pretrained(name, trust_remote_code=False)
+        if file:
+            tensor_names(name)  # what a file counts is checked before a library counts on it
+        refuse_remote_code(PreTrainedConfig.get_config_dict(place, **file)[0], name)  # all that is said
+        config = AutoConfig.from_pretrained(place, trust_remote_code=False, **file)
         refuse_remote_code(config, name)  # and what was heard, if the file was another by then
     for setting in ("_attn_implementation", "_experts_implementation"):
         chosen = {value for path, value in entries(config) if setting in path and value is not None}
@@ -95,10 +113,13 @@ def config_of_weights(name: str) -> Any:
 
 
 def tensor_names(name: str) -> list[str]:
-    """The names of a model's tensors, from its safetensors or their index; none where it has neither."""
+    """The names of a model's tensors, from its .gguf, its safetensors or their index; none where it has no such."""
     from safetensors import safe_open
     from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 
+    place, gguf = place_of(name)
+    if gguf:
+        return list(tensor_shapes(Path(cached_file(place, gguf["gguf_file"]))))
     missing = ("missing_entries", "gated_repo", "connection_errors")
     optional = {f"_raise_exceptions_for_{what}": False for what in missing}
     with in_one_sentence(f"{name} has weights that can't be read as safetensors"):

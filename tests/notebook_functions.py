@@ -11,7 +11,8 @@ from pathlib import Path
 from types import ModuleType
 
 NOTEBOOKS = Path(__file__).resolve().parents[1] / "notebooks"
-LIFTED = (ast.Import, ast.ImportFrom, ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
+DEFINITIONS = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
+LIFTED = (ast.Import, ast.ImportFrom, *DEFINITIONS)
 
 
 def functions_of(notebook_path: str | Path) -> ModuleType:
@@ -24,7 +25,7 @@ def functions_of(notebook_path: str | Path) -> ModuleType:
     module = ModuleType(path.stem)
     for number, cell in enumerate(cells):
         if cell["cell_type"] == "code":
-            _lift(_without_magics("".join(cell["source"])), f"{path.name}[cell {number}]", module)
+            _lift(without_magics("".join(cell["source"])), f"{path.name}[cell {number}]", module)
     return module
 
 
@@ -34,7 +35,8 @@ def _lift(source: str, filename: str, module: ModuleType) -> None:
     exec(compile(ast.Module(wanted, type_ignores=[]), filename, "exec"), module.__dict__)  # noqa: S102 our own notebooks
 
 
-def _without_magics(source: str) -> str:
+def without_magics(source: str) -> str:
+    """A cell's source as plain Python: magics become `pass`, cells of other interpreters nothing."""
     lines = source.splitlines()
     if lines and lines[0].startswith("%%"):
         return ""  # the whole cell belongs to another interpreter

@@ -179,6 +179,34 @@ def test_padding_gets_exactly_nothing(method):
         torch.testing.assert_close(padded.scores[0, 2:], alone.scores[0], rtol=1e-3, atol=1e-5)
 
 
+class OwnMask(nn.Module):
+    """An encoder that is told of padding by a name of its own, 1 where there is some or where there is none."""
+
+    def __init__(self, marked: bool):
+        super().__init__()
+        layer = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True)
+        self.embedding, self.encoder = nn.Embedding(200, 16), nn.TransformerEncoder(layer, 2)
+        self.head, self.marked = nn.Linear(16, 4), marked
+
+    def forward(self, input_ids, my_mask):
+        padding = my_mask.bool() if self.marked else ~my_mask.bool()
+        h = self.encoder(self.embedding(input_ids), src_key_padding_mask=padding)
+        return self.head((h * ~padding[..., None]).sum(1) / (~padding).sum(1, keepdim=True))
+
+
+@pytest.mark.parametrize("marked", [True, False], ids=["1 is padding", "0 is padding"])
+@pytest.mark.parametrize("method", ["GenAtt", "Attention Rollout", "RawAtt", "LeGrad", "FullGrad+", "IxG"])
+def test_padding_by_another_name_gets_nothing_too(method, marked):
+    model = perturbed(OwnMask(marked))
+    ids = torch.randint(1, 190, (2, 6), generator=torch.Generator().manual_seed(0))
+    kept = torch.tensor([[1, 1, 1, 1, 0, 0], [1, 1, 1, 1, 1, 1]])
+    mask = 1 - kept if marked else kept
+    padded = attribute(model, {"input_ids": ids, "my_mask": mask}, 1, method)
+    alone = attribute(model, {"input_ids": ids[:1, :4], "my_mask": mask[:1, :4]}, 1, method)
+    assert (padded.scores[0, 4:] == 0).all()
+    torch.testing.assert_close(padded.scores[0, :4], alone.scores[0], rtol=1e-3, atol=1e-5)
+
+
 def test_targets_are_linear():
     model = tiny_vit()
     cat, dog = attribute(model, PICTURES, 1), attribute(model, PICTURES, 4)

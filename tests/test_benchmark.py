@@ -17,7 +17,7 @@ from PIL import Image
 from scipy.stats import ttest_rel
 from test_cli import fails_with
 
-import libragrad_minimal.__main__ as cli
+import libragrad_minimal.cli as cli
 from libragrad_minimal import LIBRA, PLAIN, attribute, benchmark, libra_grad, report
 from libragrad_minimal.batches import pixels
 from libragrad_minimal.benchmark import Settings, compare, read_table, run, summary
@@ -145,7 +145,7 @@ def test_methods_meant_for_plain_gradients_run_plain():
 # ---- interruptions, several processes --------------------------------------------------------------------------------
 
 COMMAND = ["-m", "libragrad_minimal", "benchmark", "--model", "vit", "--data", "scenes:24", "--batch", "2"]
-COMMAND += ["--methods", "IxG", "Random", "--metrics", "deletion", "completeness"]
+COMMAND += ["--methods", "IxG,Random", "--metrics", "deletion,completeness"]
 
 
 def whole(folder) -> pd.DataFrame:

@@ -558,15 +558,13 @@ def test_the_stored_measurement_is_what_the_command_measures(smollm):
     answers = measured_circuits.answers_of(model, *prompts)
     np.testing.assert_allclose(stored[f"{number} | answers"], answers, atol=1e-2)
     for how, rules in measured_circuits.RULES.items():
-        effect = attribution_patching(model, *prompts, "mlp", rules).effect[:: measured_circuits.EVERY]
+        effect = attribution_patching(model, *prompts, "mlp", rules).effect
         np.testing.assert_allclose(stored[f"{number} | mlp | {how}"], effect, rtol=2e-3, atol=2e-3)
     true = torch.from_numpy(stored[f"{number} | heads | true"].astype(np.float32))
     strong = torch.zeros_like(true, dtype=torch.bool)
     strong.view(-1)[true.abs().flatten().argsort(descending=True)[:20]] = True
-    only = torch.zeros(model.config.num_hidden_layers, *true.shape[1:], dtype=torch.bool)
-    only[:: measured_circuits.EVERY] = strong
-    effect = patching(model, *prompts, "heads", only).effect
-    torch.testing.assert_close(effect[only], true[strong], rtol=2e-3, atol=2e-3)
+    effect = patching(model, *prompts, "heads", strong).effect
+    torch.testing.assert_close(effect[strong], true[strong], rtol=2e-3, atol=2e-3)
 
 
 def test_correlations_are_pearsons(tmp_path, monkeypatch):

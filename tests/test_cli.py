@@ -1,20 +1,26 @@
 """The command line, run as a user runs it: what it writes, what it says, and its exit status."""
 
 import os
+import shlex
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
+import matplotlib
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torchvision import transforms
 
-import libragrad_minimal.__main__ as cli
-from libragrad_minimal import LIBRA, PLAIN, attribute
+import libragrad_minimal.cli as cli
+from libragrad_minimal import LIBRA, PLAIN, attribute, audits, progress
 from libragrad_minimal.demo_vits import VITS
-from libragrad_minimal.models import DATA, DEMOS, LoadedModel, load_demo
+from libragrad_minimal.explanations import crop_box
+from libragrad_minimal.models import DATA, DEMOS, LoadedModel, Unreachable, load_demo
 from libragrad_minimal.scenes import draw_scene
 
 
@@ -32,21 +38,24 @@ def needs_demo(kind: str) -> None:
 
 def fails_with(capsys, arguments, message) -> None:
     """Exit status 2 and one line that says what was wrong."""
-    try:
-        status = cli.main([str(argument) for argument in arguments])
-    except SystemExit as exit:
-        status = exit.code
-    assert status == 2
-    error = capsys.readouterr().err
-    assert len(error.strip().splitlines()) == 1
-    assert message in error
+    assert run(*arguments) == 2
+    lines = [line for line in capsys.readouterr().err.splitlines() if not line.endswith(" ...")]  # what takes long
+    assert len(lines) == 1, lines
+    assert lines[0].startswith("libragrad: error: ") and message in lines[0]
+
+
+def run(*arguments) -> int:
+    return cli.main([str(argument) for argument in arguments])
+
+
+DEMO = ("--model", "demo")
 
 
 def test_image_writes_a_panel_a_class_and_the_scores(scene, tmp_path, capsys):
     needs_demo("vit")
     picture, scores = tmp_path / "out.png", tmp_path / "out.npz"
-    arguments = ["image", scene, "--class", "cat", "--class", "7", "-o", picture, "--save-scores", scores]
-    assert cli.main([str(argument) for argument in arguments]) == 0
+    arguments = ["image", scene, *DEMO, "--class", "cat", "--class", "7", "-o", picture, "--save-scores", scores]
+    assert run(*arguments) == 0
     assert "completeness error" in capsys.readouterr().out
     width, height = Image.open(picture).size
     assert width > 2.5 * height, "the picture and two panels beside each other"
@@ -70,8 +79,8 @@ def test_image_without_a_class_explains_the_prediction_with_options(scene, tmp_p
     needs_demo("vit")
     scores = tmp_path / "out.npz"
     rollout = ["--method", "attention-rollout", "--head-fusion", "max", "--discard-ratio", "0.9", "--rules", "plain"]
-    arguments = ["image", scene, *rollout, "-o", tmp_path / "out.pdf", "--save-scores", scores]
-    assert cli.main([str(argument) for argument in arguments]) == 0
+    arguments = ["image", scene, *DEMO, *rollout, "-o", tmp_path / "out.pdf", "--save-scores", scores]
+    assert run(*arguments) == 0
     loaded = load_demo("vit")
     pixels = loaded.transform(Image.open(scene))[None]
     predicted = loaded.model(pixels).argmax(1)
@@ -87,7 +96,7 @@ def test_image_with_a_real_model(shared, tmp_path):
     model = "vit_tiny_patch16_224.augreg_in21k_ft_in1k"
     arguments = ["--model", model, "--class", "tabby", "--class", "espresso", "--save-scores", tmp_path / "out.npz"]
     command = ["image", tmp_path / "photo.png", *arguments, "-o", tmp_path / "out.png"]
-    assert cli.main([str(argument) for argument in command]) == 0
+    assert run(*command) == 0
     tabby, espresso = np.load(tmp_path / "out.npz")["scores"].reshape(2, 14, 14)
     assert tabby[:, :7].sum() > tabby[:, 7:].sum(), "the cat is on the left"
     assert espresso[:, 7:].sum() > espresso[:, :7].sum()
@@ -96,8 +105,9 @@ def test_image_with_a_real_model(shared, tmp_path):
 def test_clip_writes_a_panel_a_prompt(scene, tmp_path):
     needs_demo("clip")
     prompts, scores = ["a red cat", "a blue star"], tmp_path / "out.npz"
-    arguments = ["clip", scene, *prompts, "-o", tmp_path / "out.png", "--save-scores", scores]
-    assert cli.main([str(argument) for argument in arguments]) == 0
+    asked = ["--prompt", prompts[0], "-p", prompts[1]]
+    arguments = ["clip", scene, *DEMO, *asked, "-o", tmp_path / "out.png", "--save-scores", scores]
+    assert run(*arguments) == 0
     width, height = Image.open(tmp_path / "out.png").size
     assert width > 2.5 * height
     loaded, saved = load_demo("clip"), np.load(scores)
@@ -115,6 +125,7 @@ def test_text_as_html_escapes_the_prompt(tmp_path):
     out = tmp_path / "out.html"
     arguments = [
         "text",
+        *DEMO,
         "Ben has <script>alert(1)</script> a red kite.",
         "--target",
         "Ben",
@@ -123,7 +134,7 @@ def test_text_as_html_escapes_the_prompt(tmp_path):
         "-o",
         out,
     ]
-    assert cli.main([str(argument) for argument in arguments]) == 0
+    assert run(*arguments) == 0
     page = out.read_text(encoding="utf-8")
     assert page.startswith("<!doctype html>") and "<script" not in page
     assert "Ben" in page and "and not" in page
@@ -131,7 +142,7 @@ def test_text_as_html_escapes_the_prompt(tmp_path):
 
 def test_text_as_a_figure(tmp_path):
     needs_demo("llama")
-    assert cli.main(["text", "Ben has a red kite.", "-o", str(tmp_path / "out.png")]) == 0
+    assert run("text", "Ben has a red kite.", *DEMO, "-o", tmp_path / "out.png") == 0
     assert Image.open(tmp_path / "out.png").width > 100
 
 
@@ -148,17 +159,32 @@ def test_audit_of_a_model_with_an_unsupported_operation_exits_with_1(monkeypatch
             return x.flatten(1).sin()
 
     loaded = LoadedModel("vit", "waves", Waves(), [], transform=lambda picture: torch.zeros(3, 8, 8))
-    monkeypatch.setattr(cli, "load_demo", lambda kind: loaded)
+    monkeypatch.setattr(audits, "load_demo", lambda kind: loaded)
     assert cli.main(["audit", "vit"]) == 1
     assert "unsupported" in capsys.readouterr().out
 
 
-def test_help_shows_examples(capsys):
-    with pytest.raises(SystemExit) as exit:
-        cli.main(["image", "--help"])
-    assert exit.value.code == 0
+@pytest.mark.parametrize("name", cli.libragrad.commands)
+def test_help_shows_an_example_that_can_be_typed(name, capsys):
+    assert run(name, "--help") == 0
     out = capsys.readouterr().out
-    assert "examples:" in out and "--discard-ratio" in out
+    examples = [line.strip() for line in out.splitlines() if line.strip().startswith("libragrad ")]
+    assert examples and len(out) > 300
+    for example in examples:
+        program, command, *arguments = shlex.split(example)
+        assert (program, command) == ("libragrad", name)
+        cli.libragrad.commands[command].make_context(command, arguments)  # which raises if it can't be understood
+
+
+def test_without_a_command_there_is_help(capsys):
+    assert run() == 0
+    assert "libragrad demo" in capsys.readouterr().out
+
+
+def test_help_names_the_default_model_and_what_the_demo_knows(capsys):
+    assert run("image", "-h") == 0
+    words = " ".join(capsys.readouterr().out.split())
+    assert cli.REAL["vit"] in words and "which knows twelve drawn glyphs and no photograph" in words
 
 
 @pytest.mark.parametrize(
@@ -166,24 +192,35 @@ def test_help_shows_examples(capsys):
     [
         (["image", "nowhere.png"], "no file nowhere.png"),
         (["image", "{scene}", "--method", "magic"], "unknown method"),
-        (["image", "{scene}", "--rules", "magic"], "invalid choice"),
-        (["image", "{scene}", "-o", "out.txt"], "out.txt"),
-        (["image", "{scene}", "-o", "/nowhere/at/all/out.png"], "doesn't exist"),
-        (["image", "{scene}", "--class", "tabby"], "knows no class 'tabby'"),
-        (["image", "{scene}", "--class", "99"], "0..11"),
-        (["image", "{scene}", "--head-fusion", "max"], "FullGrad+ has no option head_fusion"),
+        (["image", "{scene}", "--method", "fulgrad+"], "there are FullGrad+"),
+        (["image", "{scene}", "--rules", "magic"], "'magic' is not one of"),
+        (["image", "{scene}", "-o", "out.txt"], "choose a name that ends in .png"),
+        (["image", "{scene}", "-o", "/proc/at/all/out.png"], "can't write into /proc/at/all"),
+        (["image", "{scene}", "-o", "{scene}/out.png"], "can't write into"),
+        (["image", "{scene}", "--save-scores", "out.npy"], "ends in .npz"),
+        (["image", "{scene}", "--alpha", "1.5"], "at most 1, not 1.5"),
+        (["image", "{scene}", "--colormap", "RdBu_rr"], "'RdBu_rr'; it has RdBu_r"),
+        (["image", "{scene}", *DEMO, "--class", "tabby"], "knows no class 'tabby': it knows "),
+        (["image", "{scene}", *DEMO, "--class", "99"], "0..11"),
+        (["image", "{scene}", *DEMO, "--head-fusion", "max"], "FullGrad+ has no option head_fusion"),
+        (["image", "{scene}", "--discard-ratio", "1"], "0<=x<1"),
+        (["image", "{scene}", "{scene}", *DEMO, "-o", "out.png"], "name a folder"),
+        (["image", "empty"], "holds no picture"),
         (["image", "{scene}", "--model", "no_such_vit"], "no_such_vit"),
-        (["text", " "], "empty"),
-        (["clip", "{scene}", " "], "prompt 1 is empty"),
-        (["clip", "http://example.org/a.png", "a cat"], "not an https address"),
-        (["text", "Ben has a red kite.", "--target", ""], "no token"),
+        (["text", " ", *DEMO], "empty"),
+        (["text", "Ben \udcff", *DEMO], "isn't UTF-8"),
+        (["clip", "{scene}", "--prompt", " "], "prompt 1 is empty"),
+        (["clip", "{scene}"], "Missing option '-p' / '--prompt'"),
+        (["clip", "http://example.org/a.png", "-p", "a cat"], "not an https address"),
+        (["text", "Ben has a red kite.", *DEMO, "--target", ""], "no token"),
         (["audit", "/nowhere"], "/nowhere"),
-        ([], "COMMAND"),
+        (["imge", "{scene}"], "Did you mean 'image'?"),
     ],
 )
 def test_bad_input_is_one_line(arguments, message, scene, tmp_path, capsys, monkeypatch):
     needs_demo("vit"), needs_demo("llama"), needs_demo("clip")
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty").mkdir()
     fails_with(capsys, [argument.format(scene=scene) for argument in arguments], message)
 
 
@@ -200,11 +237,12 @@ def test_nothing_but_results_when_piped(tmp_path):
         "libragrad_minimal",
         "text",
         "Ben has a red kite.",
+        *DEMO,
         "-o",
         str(tmp_path / "out.html"),
     ]
     done = subprocess.run(command, capture_output=True, text=True, cwd=DATA.parent, check=True)
-    assert done.stderr == ""
+    assert all(line.endswith(" ...") for line in done.stderr.splitlines()), "what takes more than two seconds"
     assert done.stdout.startswith("why ")
 
 
@@ -236,7 +274,225 @@ def test_demo_writes_one_page_that_a_browser_shows(tmp_path):
 
 def test_integrated_gradients_run_plain_by_default(tmp_path, capsys):
     needs_demo("llama")
-    command = ["text", "Ben has a red kite.", "--method", "ig", "-o", str(tmp_path / "out.html")]
+    command = ["text", "Ben has a red kite.", *DEMO, "--method", "ig", "-o", str(tmp_path / "out.html")]
     assert cli.main(command) == 0
     printed = capsys.readouterr().out
     assert "(IG, plain; logit" in printed and "completeness error" in printed
+
+
+# ---- the default model -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "kind, arguments",
+    [
+        ("vit", ["image", "{scene}"]),
+        ("clip", ["clip", "{scene}", "-p", "a cat"]),
+        ("llama", ["text", "Ben has"]),
+    ],
+)
+def test_the_default_is_a_real_model_and_never_the_demo(kind, arguments, scene, tmp_path, capsys, monkeypatch):
+    def nothing_there(asked_kind, name):
+        assert (asked_kind, name) == (kind, cli.REAL[kind])
+        raise Unreachable("no hub")
+
+    monkeypatch.setattr(cli, "load_pretrained", nothing_there)
+    arguments = [argument.format(scene=scene) for argument in arguments]
+    fails_with(capsys, [*arguments, "-o", tmp_path / "out.png"], f"{cli.REAL[kind]} is not on this machine")
+    monkeypatch.setattr(cli, "load_pretrained", None)
+    assert run(*arguments, *DEMO, "-o", tmp_path / "out.png") == 0, "the cure that is named"
+
+
+@pytest.mark.parametrize("kind", cli.REAL)
+def test_a_default_that_cannot_be_loaded_is_known_as_such(kind, tmp_path, monkeypatch):
+    """The libraries say it in three ways."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    with pytest.raises(Unreachable, match="the hub can't be reached"):
+        cli.load_pretrained(kind, cli.REAL[kind])
+
+
+# ---- output ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["a.PNG", "b.Jpeg", "c.JPG", "d.Pdf", "e.SVG", "new/folder/f.png", "g.tiff", "h.webp"])
+def test_any_spelling_of_an_extension_and_a_missing_folder(name, scene, tmp_path):
+    assert run("image", scene, *DEMO, "-o", tmp_path / name) == 0
+    content = (tmp_path / name).read_bytes()
+    if name.endswith(("Pdf", "SVG")):
+        assert content.startswith(b"%PDF") or b"<svg" in content[:600]
+    else:
+        assert Image.open(tmp_path / name).width > 600
+    assert not list(tmp_path.rglob("*.unfinished"))
+
+
+def test_nothing_is_overwritten_unasked_and_nothing_loaded_before_that_is_known(scene, tmp_path, capsys, monkeypatch):
+    before = scene.read_bytes()
+    kept = tmp_path / "kept.png"
+    kept.write_text("mine")
+    (tmp_path / "scores.npz").write_text("mine")
+    monkeypatch.setattr(cli, "load", lambda *_: pytest.fail("work has begun"))
+    fails_with(capsys, ["image", scene, "-o", scene], "is the input itself")
+    fails_with(capsys, ["image", scene, "-o", tmp_path / "x" / ".." / scene.name], "is the input itself")
+    fails_with(capsys, ["image", scene, "-o", kept], "kept.png is there already")
+    asked = ["image", scene, "-o", tmp_path / "a.png", "--save-scores", tmp_path / "scores.npz"]
+    fails_with(capsys, asked, "scores.npz is there already")
+    fails_with(capsys, ["demo", "-o", scene.with_suffix(".txt")], "ends in .html")
+    monkeypatch.undo()
+    assert scene.read_bytes() == before and kept.read_text() == "mine"
+    assert run("image", scene, *DEMO, "-o", kept, "--overwrite") == 0
+    assert Image.open(kept).width > 600
+
+
+def test_scores_say_what_they_are(tmp_path):
+    picture = Image.fromarray(draw_scene(1, classes=["cat", "star"]).image).resize((90, 60))
+    picture.save(tmp_path / "wide.png")
+    asked = ["--method", "attcat", "--rules", "plain", "--class", "star", "--save-scores", tmp_path / "out.npz"]
+    assert run("image", tmp_path / "wide.png", *DEMO, *asked, "-o", tmp_path / "out.png") == 0
+    saved = {name: value.tolist() for name, value in np.load(tmp_path / "out.npz").items() if value.size < 9}
+    assert saved["model"] == "demo vit" and saved["method"] == "AttCAT" and saved["rules"] == "plain"
+    assert saved["target"] == [7] and saved["targets"] == ["star"] and saved["size"] == [90, 60]
+    assert saved["crop_box"] == [15, 0, 75, 60] and saved["photograph"].endswith("wide.png")
+    arguments = ["text", "Ben has a red kite.", *DEMO, "--target", "Ben", "--save-scores", tmp_path / "text.npz"]
+    assert run(*arguments, "-o", tmp_path / "text.html") == 0
+    saved = np.load(tmp_path / "text.npz")
+    assert "".join(saved["tokens"]).endswith("Ben has a red kite.")
+    assert saved["scores"].shape == (1, len(saved["tokens"]))
+    tokenizer = load_demo("llama").tokenizer
+    assert tokenizer.decode(saved["target"]).strip() == "Ben" and saved["rules"] == "libra"
+
+
+@pytest.mark.parametrize("size", [(300, 200), (200, 301), (224, 224), (1000, 90)])
+def test_the_crop_box_holds_just_what_the_model_sees(size):
+    """Paint all outside of it white: the model sees none of that, but for what the resizing blends at its edge."""
+    for transform in (
+        transforms.Compose([transforms.Resize(224), transforms.CenterCrop(224), transforms.ToTensor()]),
+        transforms.Compose([transforms.Resize((224, 224)), transforms.ToTensor()]),
+        load_demo("vit").transform,
+    ):
+        left, top, right, bottom = crop_box(transform, size)
+        inside = np.full((size[1], size[0], 3), 255, np.uint8)
+        inside[max(round(top), 0) : round(bottom), max(round(left), 0) : round(right)] = 0
+        seen = transform(Image.fromarray(inside))[0].numpy()
+        assert (seen[3:-3, 3:-3] <= 0.02).all()
+        larger = transform(Image.fromarray(255 - inside))[0].numpy()
+        assert larger[3:-3, 3:-3].min() > 0.98
+        squashed = (right - left) * (bottom - top) / (size[0] * size[1])
+        assert 0 < squashed <= 1
+
+
+def test_steps_that_are_not_known_have_no_crop_box():
+    steps = transforms.Compose([transforms.RandomCrop(8), transforms.ToTensor()])
+    assert np.isnan(crop_box(steps, (10, 10))).all()
+
+
+# ---- several photographs ---------------------------------------------------------------------------------------------
+
+
+def test_a_folder_and_a_file_in_one_call_and_a_damaged_one_stops_no_other(scene, tmp_path, capsys):
+    folder = tmp_path / "holiday"
+    folder.mkdir()
+    for name in ("b.PNG", "scene.png"):
+        (folder / name).write_bytes(scene.read_bytes())
+    (folder / "a.jpg").write_bytes(b"no picture")
+    (folder / "notes.txt").write_text("no picture")
+    out = tmp_path / "maps"
+    asked = ["image", folder, scene, *DEMO, "-o", out, "--format", "svg", "--save-scores", tmp_path / "numbers"]
+    assert run(*asked) == 2, "not all went well"
+    printed = capsys.readouterr()
+    assert "a.jpg is not a picture" in printed.err
+    assert {file.name for file in out.iterdir()} == {"b.svg", "scene.svg", "scene-2.svg"}
+    assert {file.name for file in (tmp_path / "numbers").iterdir()} == {"b.npz", "scene.npz", "scene-2.npz"}
+    assert printed.out.count("wrote ") == 3
+    (folder / "a.jpg").unlink()
+    assert run(*asked) == 2 and "is there already" in capsys.readouterr().err
+    assert run(*asked, "--overwrite") == 0
+
+
+# ---- looks -----------------------------------------------------------------------------------------------------------
+
+
+def test_looks_change_the_picture(scene, tmp_path):
+    pictures = {}
+    for name, look in {
+        "default": [],
+        "apart": ["--signs", "apart"],
+        "pale": ["--alpha", "0.2"],
+        "green": ["--colormap", "PiYG"],
+    }.items():
+        assert run("image", scene, *DEMO, "--class", "star", *look, "-o", tmp_path / f"{name}.png") == 0
+        pictures[name] = np.asarray(Image.open(tmp_path / f"{name}.png").convert("RGB")).astype(int)
+    width = pictures["default"].shape[1] // 2
+    colourful = {name: np.ptp(p[40:-20, width + 10 : -20], axis=2).mean() for name, p in pictures.items()}
+    assert colourful["pale"] < 0.5 * colourful["default"] < colourful["apart"]
+    assert np.abs(pictures["green"] - pictures["default"]).max() > 100
+    asked = ["text", "Ben has a red kite.", *DEMO, "--colormap", "PiYG", "--alpha", "0.4", "-o", tmp_path / "t.html"]
+    assert run(*asked) == 0
+    green = "rgba({},{},{},0.40)".format(*(round(255 * c) for c in matplotlib.colormaps["PiYG"](1.0)[:3]))
+    pink = "rgba({},{},{},0.40)".format(*(round(255 * c) for c in matplotlib.colormaps["PiYG"](0.0)[:3]))
+    assert (green in (tmp_path / "t.html").read_text()) or (pink in (tmp_path / "t.html").read_text())
+
+
+# ---- long work -------------------------------------------------------------------------------------------------------
+
+
+def test_a_long_text_is_refused_before_the_model_runs(capsys, monkeypatch, tmp_path):
+    loaded = load_demo("llama")
+    monkeypatch.setattr(loaded.model, "forward", lambda *_, **__: pytest.fail("the model runs"))
+    monkeypatch.setattr(cli, "load_demo", lambda kind: loaded)
+    positions = loaded.model.config.max_position_embeddings
+    long = "Ben has a red kite. " * positions
+    fails_with(capsys, ["text", long, *DEMO, "-o", tmp_path / "a.html"], f"knows {positions} positions: shorten it")
+
+
+def test_what_takes_longer_than_two_seconds_is_told_on_stderr(capsys, monkeypatch):
+    monkeypatch.setattr(progress, "PATIENCE", 0.05)
+    with progress.telling("counting sheep"):
+        time.sleep(0.3)
+    with progress.telling("blinking"):
+        pass
+    printed = capsys.readouterr()
+    assert printed.err == "counting sheep ...\n" and printed.out == ""
+
+
+def test_a_terminal_shows_how_long_it_has_taken(capsys, monkeypatch):
+    monkeypatch.setattr(progress, "PATIENCE", 0.05)
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    with progress.telling("counting sheep"):
+        time.sleep(1.3)
+    assert capsys.readouterr().err == "\rcounting sheep ... 1 s\r\033[K"
+
+
+def test_control_c_ends_in_one_line(scene, tmp_path, capsys, monkeypatch):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "load_demo", interrupted)
+    assert run("image", scene, *DEMO, "-o", tmp_path / "out.png") == 130
+    assert capsys.readouterr().err.strip() == "libragrad: stopped"
+    assert not (tmp_path / "out.png").exists()
+
+
+@pytest.mark.slow
+def test_control_c_in_a_terminal_ends_a_sweep_and_its_processes_in_one_line(tmp_path):
+    """All processes of a terminal's job get the signal at once."""
+    command = [
+        sys.executable,
+        "-m",
+        "libragrad_minimal",
+        "sweep",
+        "timm",
+        "--pattern",
+        "vit_*",
+        "-o",
+        tmp_path / "t.csv",
+    ]
+    process = subprocess.Popen(
+        [*command, "--processes", "2"], cwd=DATA.parent, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+    while not (tmp_path / "t.csv").exists() or (tmp_path / "t.csv").read_bytes().count(b"\n") < 2:
+        assert process.poll() is None
+        time.sleep(0.05)
+    os.killpg(process.pid, signal.SIGINT)
+    _, error = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert [line for line in error.splitlines() if line and not line.endswith(" ...")] == ["libragrad: stopped"]

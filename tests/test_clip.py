@@ -483,16 +483,16 @@ def test_the_notebooks_bills_add_up_and_equal_libra_grad(notebook, quick_gelu):
     }
     directions = 10 * F.normalize(torch.randn(3, 24), dim=-1)
     for tower, inputs in towers.values():
-        with notebook.libra(tower):
-            bill = notebook.explain(tower, inputs, directions, notebook.balanced_unit)
+        with notebook.libra(notebook.repairs_of_tower(tower)):
+            bill = notebook.explain_similarity(tower, inputs, directions, notebook.balanced_unit)
         for block in range(2):
-            torch.testing.assert_close(notebook.total(bill, block), bill.similarity, rtol=1e-4, atol=1e-4)
-        one_line = notebook.explain(tower, inputs, directions, gradient=libra_grad)
+            torch.testing.assert_close(notebook.total(bill, block), bill.output, rtol=1e-4, atol=1e-4)
+        one_line = notebook.explain_similarity(tower, inputs, directions, gradient=libra_grad)
         for ours, theirs in zip(bill, one_line, strict=True):
             torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
-        torch.testing.assert_close(notebook.word_scores(bill).sum(-1), bill.similarity, rtol=1e-4, atol=1e-4)
-        plain = notebook.explain(tower, inputs, directions)
-        assert (notebook.total(plain) - plain.similarity).abs().max() > 0.1  # the hooks are off again
+        torch.testing.assert_close(notebook.word_scores(bill).sum(-1), bill.output, rtol=1e-4, atol=1e-4)
+        plain = notebook.explain_similarity(tower, inputs, directions)
+        assert (notebook.total(plain) - plain.output).abs().max() > 0.1  # the hooks are off again
 
 
 @needs_notebook
@@ -506,7 +506,7 @@ def test_contrast_leaves_nothing_of_what_all_share(notebook):
 @needs_notebook
 def test_a_product_of_two_streams_gives_half_to_each(notebook):
     a, b = (torch.randn(5, dtype=torch.float64, requires_grad=True) for _ in range(2))
-    f = notebook.balanced_product(a, b).sum()
+    f = notebook.libra_product(a, b).sum()
     for ours, other in zip(torch.autograd.grad(f, (a, b)), (b, a), strict=True):
         torch.testing.assert_close(ours, other.detach() / 2)
 

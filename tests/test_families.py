@@ -1,5 +1,8 @@
 """Every ordinary slip gets one sentence that says what, where and what to do; and how a model is called."""
 
+import contextlib
+import copy
+
 import pytest
 import timm
 import torch
@@ -8,6 +11,9 @@ from measuring import memory
 from small_models import IDS, PICTURES, TEXT, perturbed
 
 from libragrad_minimal import Against, Probability, UnsupportedOperation, attribute, libra_grad
+from libragrad_minimal.attribution import attribute_many
+from libragrad_minimal.streams import removed
+from libragrad_minimal.treatments import TREATMENTS
 
 
 def picture_model():
@@ -101,6 +107,54 @@ def test_nothing_is_left_on_the_model():
         assert parameter.grad is None and torch.equal(parameter, before[name])
 
 
+def hooks_on(model):
+    return [hook for module in model.modules() for hook in (*module._forward_hooks, *module._forward_pre_hooks)]
+
+
+@pytest.mark.parametrize("moment", range(12))
+@pytest.mark.parametrize("method", ["FullGrad+", "LeGrad"])
+def test_an_interrupt_leaves_nothing_on_the_model(method, moment):
+    model, left = picture_model(), [moment]
+    expected = attribute(copy.deepcopy(model), PICTURES, 1, method).scores
+
+    def interrupted(module, args):
+        left[0] -= 1
+        if left[0] == -1:
+            raise KeyboardInterrupt
+
+    attention = model.blocks[1].attn.register_forward_pre_hook(interrupted)
+    stem = model.patch_embed.register_forward_pre_hook(interrupted)
+    with contextlib.suppress(KeyboardInterrupt):
+        attribute(model, PICTURES, 1, method)
+    attention.remove()
+    stem.remove()
+    assert torch.is_grad_enabled() and torch.backends.mha.get_fastpath_enabled() and not hooks_on(model)
+    assert not any("forward" in vars(module) for module in model.modules())
+    torch.testing.assert_close(attribute(model, PICTURES, 1, method).scores, expected)
+
+
+def test_hooks_come_off_even_if_an_interrupt_comes_between_two():
+    model, stubborn = picture_model(), [1]
+
+    class Interrupting:
+        def remove(self):
+            if stubborn and stubborn.pop():
+                raise KeyboardInterrupt
+
+    def hooks(count):
+        for module in [*model.blocks]:
+            yield module.register_forward_hook(print)
+        yield Interrupting()
+        if count:
+            raise KeyboardInterrupt
+
+    for count in (0, 1):
+        stubborn[:] = [1]
+        with pytest.raises(KeyboardInterrupt), removed(hooks(count)):
+            pass
+        assert not hooks_on(model)
+
+
 # ---- precision -------------------------------------------------------------------------------------------------------
 
 
@@ -126,6 +180,13 @@ def test_autocast():
     with torch.autocast("cpu", torch.bfloat16):
         result = attribute(model, IDS, 3)
     assert (result.scores - expected.scores).norm() < 0.05 * expected.scores.norm()
+
+
+def test_checkpointed_blocks_count_or_are_refused():
+    expected, model = attribute(text_model(), IDS, 3).scores, TREATMENTS["checkpointed"](text_model())
+    torch.testing.assert_close(attribute(model, IDS, 3).scores, expected)
+    with pytest.raises(RuntimeError, match="run the model without checkpointing"):
+        attribute(model, IDS, 3, "GenAtt")  # a map that is computed once more isn't the one that was noted
 
 
 @pytest.mark.filterwarnings("ignore:Using `torch.compile:UserWarning")
@@ -216,6 +277,11 @@ def test_parts_in_training_mode_and_caches_are_refused():
     assert cache.get_seq_length() == 4
 
 
+def runs_backward(answer):
+    answer.sum().backward(retain_graph=True)
+    return answer[:, 1]
+
+
 @pytest.mark.parametrize(
     "options, message",
     [
@@ -226,8 +292,37 @@ def test_parts_in_training_mode_and_caches_are_refused():
         (dict(target=1, method="IG", steps=1.5), "steps must be a whole number"),
         (dict(target=1, method=["IxG"]), "unknown method"),
         (dict(target=1, rules="libra"), "rules must be LIBRA"),
+        (dict(target=lambda a: a[:, 1].to_sparse()), "sparse_coo.*to_dense"),
+        (dict(target=lambda a: a[:, 1].long()), "floating-point numbers, got torch.int64"),
+        (dict(target=lambda a: a[:, 1] * 1j), "floating-point numbers, got torch.complex64"),
+        (dict(target=lambda a: a[:, 1:3]), r"one number per sample \(2,\), got \(2, 2\)"),
+        (dict(target=lambda a: a[0, 1]), r"one number per sample \(2,\), got \(\)"),
+        (dict(target=lambda a: a[:, 1].tolist()), "one number per sample.*got list"),
+        (dict(target=lambda a: a.nonsense), "the target function fails on the model's answer: AttributeError"),
+        (dict(target=lambda a: a[:, 1].detach()), "doesn't depend on the blocks"),
+        (dict(target=lambda a: torch.ones(2)), "doesn't depend on the blocks"),
+        (dict(target=lambda a: torch.ones(2, requires_grad=True) * 2), "doesn't depend on the blocks"),
+        (dict(target=runs_backward), "the target function runs a backward pass"),
     ],
 )
 def test_slips_of_type(options, message):
+    model = picture_model()
     with pytest.raises(ValueError, match=message):
-        attribute(picture_model(), PICTURES, **options)
+        attribute(model, PICTURES, **options)
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+@pytest.mark.parametrize(
+    ("methods", "message"),
+    [
+        ({"IxG": None}, "options of IxG must be a dict.*got None"),
+        ({"IxG": 3}, "options of IxG must be a dict.*got 3"),
+        ({"IxG": ["layer"]}, r"options of IxG must be a dict.*\['layer'\]"),
+        ({"IxG": {1: 2}}, "IxG has no option 1"),
+        ([["IxG"]], r"unknown method \['IxG'\]"),
+        (["IxG", None], "unknown method None"),
+    ],
+)
+def test_slips_in_options_of_many(methods, message):
+    with pytest.raises(ValueError, match=message):
+        attribute_many(picture_model(), PICTURES, 1, methods)

@@ -26,7 +26,7 @@ def fp64():
 
 @pytest.fixture
 def operations(notebook):
-    plain = {"norm": notebook.norm, "attention": notebook.attention, "activation": F.silu, "product": torch.mul}
+    plain = {"norm": notebook.layer_norm, "attention": notebook.attention, "activation": F.silu, "product": torch.mul}
     libra = {
         "norm": notebook.libra_norm,
         "attention": notebook.libra_attention,
@@ -70,14 +70,14 @@ def test_complete_draws_counts_only_the_complete_ones(notebook):
     assert notebook.complete_draws(half_right, x) == 3
 
 
-def test_verdict_sees_a_changed_value_and_an_incomplete_gradient(notebook):
-    assert notebook.verdict(torch.square, lambda x: 2 * x, notebook.draw(3)) == (False, 0, 1000)
-    assert notebook.verdict(F.relu, torch.square, notebook.draw(3)) == (False, 1000, 0)
+def test_check_repair_sees_a_changed_value_and_an_incomplete_gradient(notebook):
+    assert notebook.check_repair(torch.square, lambda x: 2 * x, notebook.random_draws(3)) == (False, 0, 1000)
+    assert notebook.check_repair(F.relu, torch.square, notebook.random_draws(3)) == (False, 1000, 0)
 
 
 def test_contributions_are_input_times_slope(notebook):
     x, y = torch.tensor([2.0, 3.0], requires_grad=True), torch.tensor(5.0, requires_grad=True)
-    assert notebook.contributions(x[0] ** 3 + x[1] * y.detach(), x, y) == [24, 15, 0]
+    assert notebook.each_contribution(x[0] ** 3 + x[1] * y.detach(), x, y) == [24, 15, 0]
 
 
 # --- the repairs: value to the last bit, gradient as derived by hand ---
@@ -100,14 +100,14 @@ def test_activations_have_their_gate_as_slope(notebook):
     ):
         assert torch.equal(repaired(x), plain(x))
         torch.testing.assert_close(gradients_of(repaired, x)[0], torch.tensor(slope), rtol=1e-12, atol=1e-15)
-        torch.testing.assert_close(notebook.slope(repaired, x), torch.tensor(slope), rtol=1e-12, atol=1e-15)
+        torch.testing.assert_close(notebook.slope_of(repaired, x), torch.tensor(slope), rtol=1e-12, atol=1e-15)
 
 
 def test_norm_passes_the_centred_gradient_over_the_deviation(notebook):
     x, weights = torch.randn(4, 5), torch.randn(4, 5)
     deviation = numpy.sqrt(x.numpy().var(1, keepdims=True) + 1e-5)
     expected = (weights.numpy() - weights.numpy().mean(1, keepdims=True)) / deviation
-    assert torch.equal(notebook.libra_norm(x), notebook.norm(x))
+    assert torch.equal(notebook.libra_norm(x), notebook.layer_norm(x))
     gradient = gradients_of(notebook.libra_norm, x, weights=weights)[0]
     numpy.testing.assert_allclose(gradient, expected, rtol=1e-12, atol=1e-14)
 
@@ -186,9 +186,9 @@ def test_stack_is_complete_with_all_four_rules_and_with_no_three(notebook, opera
     plain, libra = operations
     network = notebook.random_network(depth=3, draws=50)
     assert torch.equal(*(notebook.forward(*network, rules) for rules in operations))
-    assert notebook.completeness_error(network, libra) < 1e-12
+    assert notebook.mean_relative_error(network, libra) < 1e-12
     for name in plain:
-        assert notebook.completeness_error(network, {**libra, name: plain[name]}) > 0.01
+        assert notebook.mean_relative_error(network, {**libra, name: plain[name]}) > 0.01
 
 
 # --- the other attributions ---

@@ -1,5 +1,7 @@
 """The functions written out in notebook 03: against hand-derived gradients, libra_grad, and a real ViT."""
 
+from functools import partial
+
 import pytest
 import torch
 from notebook_functions import NOTEBOOKS, functions_of
@@ -35,6 +37,10 @@ def random_vit(**options) -> LoadedModel:
     )
 
 
+def recording_all(notebook, vit):
+    return notebook.recording(vit.blocks, list(vit.model.modules()), notebook.bias_of)
+
+
 IMAGES = torch.randn(4, 3, 16, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
 TARGETS = torch.tensor([0, 1, 2, 4])
 
@@ -64,41 +70,48 @@ def test_balanced_gelu_slope_is_output_over_input(notebook):
     torch.testing.assert_close(slope, expected.detach())
 
 
-def test_balanced_product_gives_each_factor_half(notebook):
+def test_libra_product_gives_each_factor_half(notebook):
     a, b = (torch.randn(3, 4, dtype=torch.float64, requires_grad=True) for _ in range(2))
-    y = notebook.balanced_product(a, b)
+    y = notebook.libra_product(a, b)
     assert torch.equal(y, a * b)
     for gradient, other in zip(torch.autograd.grad(y.sum(), (a, b)), (b, a), strict=True):
         torch.testing.assert_close(gradient, other.detach() / 2)
 
 
-@pytest.mark.parametrize("options", [{}, {"class_token": False, "global_pool": "avg"}, {"reg_tokens": 2}])
+@pytest.mark.parametrize(
+    "options", [{}, {"class_token": False, "global_pool": "avg"}, {"reg_tokens": 2}, {"pre_norm": True}]
+)
 def test_complete_at_every_block_and_equal_to_libra_grad(notebook, options):
     vit = random_vit(**options)
+    repaired, expected = notebook.count_repairs(vit.model)
+    assert repaired == expected
     before = vit.model(IMAGES)
-    with notebook.libra(vit.model):
-        by_hooks = notebook.explain(vit, IMAGES, TARGETS)
+    with notebook.libra(notebook.repairs_of_vit(vit.model)):
+        by_hooks = notebook.explain_classes(vit, IMAGES, TARGETS)
         assert torch.equal(vit.model(IMAGES), before)
-    by_graph = notebook.explain(vit, IMAGES, TARGETS, gradient=libra_grad)
+    by_graph = notebook.explain_classes(vit, IMAGES, TARGETS, gradient=libra_grad)
     for ours, theirs in zip(by_hooks, by_graph, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-9)
-    torch.testing.assert_close(by_hooks.logit, before.gather(1, TARGETS[:, None])[:, 0].detach())
+    torch.testing.assert_close(by_hooks.output, before.gather(1, TARGETS[:, None])[:, 0].detach())
     for block in range(len(vit.blocks)):
-        torch.testing.assert_close(notebook.total(by_hooks, block), by_hooks.logit, rtol=1e-9, atol=1e-9)
+        torch.testing.assert_close(notebook.total(by_hooks, block), by_hooks.output, rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize("rule", RULES)
 def test_each_rule_matters_and_matches_libra_grad_without_it(notebook, rule):
     vit = random_vit()
-    with notebook.libra(vit.model, without=rule):
-        bill = notebook.explain(vit, IMAGES, TARGETS)
-    assert (notebook.total(bill) - bill.logit).abs().min() > 1e-3, "without this rule the bill is wrong"
+    with notebook.libra(notebook.repairs_of_vit(vit.model), without=rule):
+        bill = notebook.explain_classes(vit, IMAGES, TARGETS)
+    assert (notebook.total(bill) - bill.output).abs().min() > 1e-3, "without this rule the bill is wrong"
 
-    def gradient(output, inputs):
-        return libra_grad(output, inputs, rules=LIBRA.without(rule))
-
-    for ours, theirs in zip(bill, notebook.explain(vit, IMAGES, TARGETS, gradient), strict=True):
+    gradient = partial(libra_grad, rules=LIBRA.without(rule))
+    for ours, theirs in zip(bill, notebook.explain_classes(vit, IMAGES, TARGETS, gradient), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-9)
+
+
+def test_a_layer_that_isnt_repaired_is_counted(notebook):
+    repaired, expected = notebook.count_repairs(random_vit(act_layer=nn.SiLU).model)
+    assert repaired["activation"] == 0 and expected["activation"] == 3
 
 
 def test_nothing_stays_behind(notebook):
@@ -107,20 +120,27 @@ def test_nothing_stays_behind(notebook):
     def hooks():
         return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in vit.model.modules())
 
-    with notebook.libra(vit.model), notebook.recording(vit):
+    with notebook.libra(notebook.repairs_of_vit(vit.model)), recording_all(notebook, vit):
         assert hooks() > 0
     assert hooks() == 0
-    with pytest.raises(KeyboardInterrupt), notebook.libra(vit.model), notebook.recording(vit):
+    with (
+        pytest.raises(KeyboardInterrupt),
+        notebook.libra(notebook.repairs_of_vit(vit.model)),
+        recording_all(notebook, vit),
+    ):
         raise KeyboardInterrupt
     assert hooks() == 0
 
 
 def test_samples_do_not_mix(notebook):
     vit = random_vit()
-    with notebook.libra(vit.model):
-        together, alone = notebook.explain(vit, IMAGES, TARGETS), notebook.explain(vit, IMAGES[2:3], TARGETS[2:3])
+    with notebook.libra(notebook.repairs_of_vit(vit.model)):
+        together, alone = (
+            notebook.explain_classes(vit, IMAGES, TARGETS),
+            notebook.explain_classes(vit, IMAGES[2:3], TARGETS[2:3]),
+        )
     torch.testing.assert_close(together.inputs[:, 2:3], alone.inputs)
-    torch.testing.assert_close(together.biases[:, 2:3], alone.biases)
+    torch.testing.assert_close(together.constants[:, 2:3], alone.constants)
 
 
 def test_fullgrad_plus_by_hand_with_prefix_tokens_left_out(notebook):
@@ -148,11 +168,11 @@ def test_a_real_vit_on_a_real_photograph(notebook, shared):
     vit = load_pretrained("vit", "vit_tiny_patch16_224.augreg_in21k_ft_in1k")
     images = torch.stack([vit.transform(photograph(name)) for name in ("cat", "coffee", "motorcycle")])
     targets = vit.model(images).argmax(1)
-    plain = notebook.explain(vit, images, targets)
-    with notebook.libra(vit.model):
-        balanced = notebook.explain(vit, images, targets)
-    assert (notebook.total(plain) - plain.logit).abs().min() > 1
+    plain = notebook.explain_classes(vit, images, targets)
+    with notebook.libra(notebook.repairs_of_vit(vit.model)):
+        balanced = notebook.explain_classes(vit, images, targets)
+    assert (notebook.total(plain) - plain.output).abs().min() > 1
     for block in range(12):
-        torch.testing.assert_close(notebook.total(balanced, block), balanced.logit, rtol=1e-4, atol=0)
-    for ours, theirs in zip(balanced, notebook.explain(vit, images, targets, libra_grad), strict=True):
+        torch.testing.assert_close(notebook.total(balanced, block), balanced.output, rtol=1e-4, atol=0)
+    for ours, theirs in zip(balanced, notebook.explain_classes(vit, images, targets, libra_grad), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5 * ours.abs().max().item())

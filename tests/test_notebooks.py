@@ -1,13 +1,19 @@
 """Every notebook is executed, clean, readable and self-consistent; and each of these checks can fail."""
 
+import ast
+import base64
+import io
 import re
 import subprocess
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 
 import nbformat
 import numpy
 import pytest
+from notebook_functions import DEFINITIONS, without_magics
+from PIL import Image
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -48,7 +54,8 @@ def problems(path: Path, root: Path = ROOT) -> list[str]:
         nbformat.validate(notebook)
     except nbformat.ValidationError as error:
         found.append(f"not valid nbformat: {error.message}")
-    return found + metadata_problems(notebook) + run_problems(notebook) + text_problems(notebook, path, root)
+    found += metadata_problems(notebook) + run_problems(notebook) + text_problems(notebook, path, root)
+    return found + page_problems(notebook)
 
 
 def metadata_problems(notebook: nbformat.NotebookNode) -> list[str]:
@@ -101,6 +108,87 @@ def text_problems(notebook: nbformat.NotebookNode, path: Path, root: Path) -> li
     if re.search(r"^.*\S.*#\s*NBVAL_", everything, re.MULTILINE):
         found.append("an NBVAL_ marker that isn't a line of its own, which nbval ignores")
     return found
+
+
+def page_problems(notebook: nbformat.NotebookNode) -> list[str]:
+    """What makes it hard to read, to see, or to compare with another version."""
+    found = []
+    if numbered := [cell.id for cell in notebook.cells if re.fullmatch(r"cell-\d+", cell.get("id", ""))]:
+        found.append(f"cell ids that count, {numbered[:3]}: they clash when two people insert cells")
+    if long := [line for cell in notebook.cells if cell.cell_type == "markdown" for line in unwrapped(cell.source)]:
+        found.append(f"{len(long)} lines of text over 120 characters, such as {long[0][:60]!r}")
+    for cell in notebook.cells:
+        for output in cell.get("outputs", []):
+            if "image/png" in output.get("data", {}):
+                if not output.metadata.get("image/png", {}).get("alt"):
+                    found.append(f"cell {cell.id} shows a picture without alt text: show(figure, alt) gives it one")
+                if Image.open(io.BytesIO(base64.b64decode(output.data["image/png"]))).mode != "P":
+                    found.append(f"cell {cell.id} keeps a picture in more than 256 colours: show(figure, alt) does not")
+    text = "\n".join(cell.source for cell in notebook.cells if cell.cell_type == "markdown")
+    code = "\n".join(cell.source for cell in notebook.cells if cell.cell_type == "code")
+    minutes = len(text.split()) / 200 + len(code.split()) / 100
+    for told in re.findall(r"\*\*Time:\*\* (\d+) minutes", text):
+        if abs(int(told) - minutes) > 8:
+            found.append(f"says {told} minutes; 200 words of text and 100 of code a minute make {minutes:.0f}")
+    return found
+
+
+def unwrapped(markdown: str) -> Iterable[str]:
+    """Lines over 120 characters that could be broken: not of tables, code or formulas on lines of their own."""
+    without_blocks = re.sub(r"```.*?```|\$\$.*?\$\$", "", markdown, flags=re.DOTALL)
+    return [
+        line
+        for line in without_blocks.splitlines()
+        if len(line) > 120 and not line.lstrip().startswith(("|", "#", "![", "[![", "<summary")) and "](" not in line
+    ]
+
+
+def definitions(notebook: nbformat.NotebookNode) -> dict[str, str]:
+    """The functions and classes of a notebook's top level, each as its syntax tree: layout and comments don't count."""
+    found = {}
+    for cell in notebook.cells:
+        if cell.cell_type == "code":
+            for statement in ast.parse(without_magics(cell.source)).body:
+                if isinstance(statement, DEFINITIONS):
+                    found[statement.name] = ast.dump(statement)
+    return found
+
+
+def variants(notebooks: dict[str, nbformat.NotebookNode]) -> dict[str, list[str]]:
+    """Names under which notebooks define different things -> in which notebooks."""
+    seen: dict[str, dict[str, str]] = {}
+    for stem, notebook in notebooks.items():
+        for name, tree in definitions(notebook).items():
+            seen.setdefault(name, {})[stem] = tree
+    return {name: sorted(places) for name, places in seen.items() if len(set(places.values())) > 1}
+
+
+def set_up(notebook: nbformat.NotebookNode) -> str:
+    return next(cell.source for cell in notebook.cells if cell.cell_type == "code")
+
+
+def read_all() -> dict[str, nbformat.NotebookNode]:
+    return {path.stem: nbformat.read(path, as_version=nbformat.NO_CONVERT) for path in NOTEBOOKS}
+
+
+def test_one_name_means_one_thing_in_all_notebooks():
+    assert variants(read_all()) == {}
+
+
+def test_all_notebooks_begin_with_the_same_set_up():
+    first, *others = read_all().values()
+    for other in others:
+        assert set_up(other) == set_up(first)
+
+
+def test_a_name_that_means_two_things_is_found_out():
+    def notebook(*sources):
+        return nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(source) for source in sources])
+
+    same = notebook("def f(x):\n    return x  # a comment\n", "%matplotlib inline\nclass C:\n    pass")
+    other = notebook("def f(x): return x", "class C:\n    y = 1", "def only_here(): ...")
+    assert variants({"a": same, "b": same}) == {}
+    assert variants({"a": same, "b": other}) == {"C": ["a", "b"]}
 
 
 def test_there_are_notebooks():
@@ -201,6 +289,35 @@ def break_marker(notebook):
     notebook.cells[1].source = "x = 1  # NBVAL_IGNORE_OUTPUT"
 
 
+def break_ids(notebook):
+    notebook.cells[1].id = "cell-07"
+
+
+def break_wrapping(notebook):
+    notebook.cells[2].source += "\n\n" + "word " * 40
+
+
+def picture(mode):
+    buffer = io.BytesIO()
+    Image.new(mode, (2, 2)).save(buffer, format="png")
+    return base64.b64encode(buffer.getvalue()).decode()
+
+
+def break_alt(notebook):
+    notebook.cells[1].outputs = [nbformat.v4.new_output("display_data", {"image/png": picture("P")})]
+
+
+def break_colours(notebook):
+    metadata = {"image/png": {"alt": "black"}}
+    notebook.cells[1].outputs = [
+        nbformat.v4.new_output("display_data", {"image/png": picture("RGB")}, metadata=metadata)
+    ]
+
+
+def break_time(notebook):
+    notebook.cells[2].source += "\n\n**Time:** 20 minutes"
+
+
 def break_size(notebook):
     notebook.cells[0].source += " " * 3_000_000
 
@@ -223,6 +340,11 @@ BREAKS = {
     break_install: "installs torch",
     break_clone: "fetches from",
     break_marker: "NBVAL_ marker",
+    break_ids: "cell-07",
+    break_wrapping: "over 120 characters",
+    break_alt: "without alt text",
+    break_colours: "256 colours",
+    break_time: "says 20 minutes",
     break_size: "MB",
 }
 

@@ -11,7 +11,7 @@ import pytest
 from packaging.requirements import Requirement
 from test_notebooks import PROJECT, ROOT
 
-import libragrad_minimal.__main__ as cli
+import libragrad_minimal.cli as cli
 from libragrad_minimal.models import DEMOS
 
 
@@ -72,6 +72,8 @@ def test_the_wheel_holds_the_library_and_the_demo_models_and_nothing_else(wheel)
     ]
     names = {name for name in ZipFile(wheel).namelist() if ".dist-info/" not in name}
     assert names == {*library, "libragrad_minimal/py.typed", *data}
+    (scripts,) = (name for name in ZipFile(wheel).namelist() if name.endswith("/entry_points.txt"))
+    assert b"libragrad = libragrad_minimal.__main__:main" in ZipFile(wheel).read(scripts)
 
 
 BARE = """
@@ -113,12 +115,16 @@ def test_the_command_line_without_its_extra_says_so_in_one_sentence(installed):
     done = python(installed, "-m", "libragrad_minimal", "image", "photo.jpg")
     assert (done.returncode, done.stdout) == (2, "")
     (line,) = done.stderr.splitlines()
-    assert "needs matplotlib" in line and "pip install 'libragrad_minimal[notebooks]'" in line
+    assert "needs click" in line and "pip install 'libragrad_minimal[notebooks]'" in line
 
 
 @pytest.mark.parametrize(
     "package, arguments",
-    [("timm", ["audit", "vit"]), ("open_clip", ["audit", "clip"]), ("transformers", ["text", "Ben has a red kite."])],
+    [
+        ("timm", ["audit", "vit"]),
+        ("open_clip", ["audit", "clip"]),
+        ("transformers", ["text", "Ben has a red kite.", "--model", "demo"]),
+    ],
 )
 def test_a_command_whose_models_come_from_an_absent_library_says_so(package, arguments, monkeypatch, capsys):
     for name in {package, *(name for name in sys.modules if name.startswith(f"{package}."))}:

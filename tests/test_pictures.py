@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, TiffImagePlugin, TiffTags
 
 from libragrad_minimal import pictures
 from libragrad_minimal.pictures import open_picture
@@ -252,3 +252,94 @@ def check_damaged_pictures(seed: int, count: int) -> int:
 @pytest.mark.filterwarnings("error")
 def test_damaged_pictures_get_one_sentence():
     assert 300 < check_damaged_pictures(seed=0, count=1000) < 950
+
+
+# --- what a file declares of its numbers, or what would be black ---
+
+
+def tagged(values: np.ndarray, **tags: float) -> bytes:
+    """A TIFF that says what its numbers mean."""
+    info = TiffImagePlugin.ImageFileDirectory_v2()
+    for name, value in tags.items():
+        info[pictures.TAGS[name]] = value
+        if isinstance(value, float):
+            info.tagtype[pictures.TAGS[name]] = TiffTags.FLOAT
+    return encoded(Image.fromarray(values), "TIFF", tiffinfo=info)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        tagged((SHADES * 4).astype(np.uint16), MaxSampleValue=1020),
+        tagged((SHADES * 16).astype(np.uint16), MaxSampleValue=4080),
+        tagged(SHADES * 3, SMinSampleValue=0.0, SMaxSampleValue=765.0),
+        tagged(SHADES / 127.5 - 1, SMinSampleValue=-1.0, SMaxSampleValue=1.0),
+    ],
+    ids=["10 bits", "12 bits", "floats", "signed floats"],
+)
+def test_numbers_mean_what_the_file_declares(content):
+    opened = np.asarray(open_picture(content))[..., 0]
+    assert np.abs(opened - SHADES).max() <= 1
+
+
+def packed_12_bits(values: np.ndarray) -> bytes:
+    """A TIFF whose samples lie at 12 bits each, two in three bytes; written by hand, as no library here writes it."""
+    flat = values.reshape(-1, 2).astype(int)
+    rows = np.stack([flat[:, 0] >> 4, (flat[:, 0] & 15) << 4 | flat[:, 1] >> 8, flat[:, 1] & 255], axis=1)
+    data = rows.astype(np.uint8).tobytes()
+    height, width = values.shape
+    entries = {256: width, 257: height, 258: 12, 259: 1, 262: 1, 273: 8, 277: 1, 278: height, 279: len(data)}
+    directory = struct.pack("<H", len(entries))
+    directory += b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in entries.items())
+    return b"II*\0" + struct.pack("<I", 8 + len(data)) + data + directory + bytes(4)
+
+
+def test_twelve_bits_are_scaled_by_their_number():
+    opened = np.asarray(open_picture(packed_12_bits(SHADES * 4095 / 255)))[..., 0]
+    assert np.abs(opened - SHADES).max() <= 1
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (tagged((SHADES * 16).astype(np.uint16), MaxSampleValue=1023), "from 0 to 4000, and its file says 0 to 1023"),
+        (tagged((SHADES * 4).astype(np.uint16), MaxSampleValue=65535), "from 0 to 1000, of 0 to 65535, and would be"),
+        (tiff((SHADES / 255 / 60).astype(np.float32)), "from 0 to 0.01.* would be black"),
+        (tiff((SHADES // 50).astype(np.uint16)), "from 0 to 5, of 0 to 255, and would be black"),
+        (tagged((SHADES - 125).astype(np.int8).view(np.uint8), SampleFormat=2), "from -125 to 125"),
+        (tiff(np.full((8, 8), np.nan, np.float32)), "64 of 64 are NaN"),
+    ],
+)
+def test_what_would_be_black_is_refused_with_the_range_found(content, message):
+    with pytest.raises(ValueError, match=message):
+        open_picture(content)
+
+
+def png_of_16_bits(colours: np.ndarray) -> bytes:
+    """(H, W, 3) uint16 as PNG, which Pillow reads and doesn't write."""
+
+    def chunk(name: bytes, content: bytes) -> bytes:
+        return struct.pack(">I", len(content)) + name + content + struct.pack(">I", zlib.crc32(name + content))
+
+    height, width, _ = colours.shape
+    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in colours)
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 16, 2, 0, 0, 0))
+    return b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+
+
+def test_colours_of_16_bits_that_hold_fewer_are_refused():
+    colours = np.repeat(SHADES[..., None], 3, axis=2)
+    opened = np.asarray(open_picture(png_of_16_bits(colours * 257)))
+    assert np.abs(opened - colours).max() <= 1
+    for factor, bound in ((4, 1023), (16, 4095)):
+        with pytest.raises(ValueError, match=f"no number above {bound} of 65535 and would be black"):
+            open_picture(png_of_16_bits(colours * factor))
+
+
+def test_a_tiff_of_float_colours_says_what_it_is():
+    values = np.zeros((8, 8, 3), np.float32).tobytes()
+    entries = {256: 8, 257: 8, 258: 32, 259: 1, 262: 2, 273: 8, 277: 3, 278: 8, 279: len(values), 339: 3}
+    directory = struct.pack("<H", len(entries))
+    directory += b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in entries.items())
+    with pytest.raises(ValueError, match="TIFF of a kind that isn't read"):
+        open_picture(b"II*\0" + struct.pack("<I", 8 + len(values)) + values + directory + bytes(4))

@@ -129,6 +129,7 @@ def test_text_is_readable_on_light_and_dark_pages(background):
         assert (light + 0.05) / (dark + 0.05) >= 4.5
 
 
+@pytest.mark.filterwarnings("ignore:no font on this machine")
 def test_figure_draws_every_token_inside_its_page():
     tokens = ["Anna", " has", "\n", "$x^2$", "<b>", "\u6f22", " word"] * 30
     figure = TokenStrips(Strip(tokens, range(len(tokens)), "title $1")).figure(width=6)

@@ -68,10 +68,65 @@ def test_towers_side_by_side_are_refused_and_can_be_named():
         attribute(model, PICTURES, 1)
     with pytest.raises(ValueError, match="no module of that name.*vit#.blocks"):
         attribute(model, PICTURES, 1, blocks="vit3.blocks")
-    by_name = attribute(model, PICTURES, 1, "IxG", blocks="vit1.blocks")
+    with pytest.warns(UserWarning, match="the input reaches the answer of Ensemble past the named blocks"):
+        by_name = attribute(model, PICTURES, 1, "IxG", blocks="vit1.blocks")
     torch.testing.assert_close(by_name.scores, attribute(model.vit1, PICTURES, 1, "IxG").scores)
-    by_module = attribute(model, PICTURES, 1, "IxG", blocks=list(model.vit1.blocks))
+    with pytest.warns(UserWarning, match="past the named blocks"):
+        by_module = attribute(model, PICTURES, 1, "IxG", blocks=list(model.vit1.blocks))
     torch.testing.assert_close(by_name.scores, by_module.scores)
+
+
+class Wide(nn.Module):
+    """A single list of blocks, and beside it a way from the input to the answer."""
+
+    def __init__(self, way):
+        super().__init__()
+        self.vit, self.beside, self.words = tiny_vit(), nn.Linear(3, 5), nn.Linear(24, 5)
+        self.way = way
+
+    def forward(self, x):
+        answer = self.vit(x)
+        if self.way == "from the pixels":
+            return answer + self.beside(x.mean((2, 3)))
+        if self.way == "from the first tokens":
+            return answer + self.words(self.vit.patch_embed(x).mean(1))
+        return answer
+
+
+@pytest.mark.parametrize("way", ["from the pixels", "from the first tokens"])
+def test_a_way_past_a_single_list_is_refused_or_told(way):
+    model = perturbed(Wide(way))
+    with pytest.raises(ValueError, match=r"leads past its blocks: the input.*libra_grad.*blocks=\[...\].*vit.blocks"):
+        attribute(model, PICTURES, 1)
+    with pytest.warns(UserWarning, match="the input reaches the answer of Wide past the named blocks"):
+        result = attribute(model, PICTURES, 1, blocks="vit.blocks")
+    assert (result.completeness_error < 1e-4).all()
+    assert attribute(perturbed(Wide("none")), PICTURES, 1).grid == (4, 4)
+
+
+class WideText(nn.Module):
+    def __init__(self):
+        super().__init__()
+        layer = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True)
+        self.embedding, self.encoder = nn.Embedding(200, 16), nn.TransformerEncoder(layer, 2)
+        self.bag, self.head = nn.Embedding(200, 4), nn.Linear(16, 4)
+
+    def forward(self, input_ids):
+        return self.head(self.encoder(self.embedding(input_ids)).mean(1)) + self.bag(input_ids).sum(1)
+
+
+def test_a_second_embedding_of_the_same_words_is_a_way_past():
+    with pytest.raises(ValueError, match="leads past its blocks: input_ids"):
+        attribute(perturbed(WideText()), {"input_ids": IDS}, 1)
+
+
+@pytest.mark.parametrize("read", [lambda answer: answer.last_hidden_state[:, 0, 0], torch.ones(24)])
+def test_states_before_the_blocks_are_no_way_past(read):
+    config = transformers.ViTConfig(
+        **{**VISION, "hidden_size": 24, "num_attention_heads": 2}, output_hidden_states=True
+    )
+    model = perturbed(transformers.ViTModel(config))
+    assert (attribute(model, PICTURES, read).completeness_error < 1e-4).all()
 
 
 def test_blocks_can_be_a_part_of_the_list():

@@ -1,6 +1,7 @@
 """The sweep: a fixed sample of every kind of model; it tells what is wrong, goes on, and stays in its bounds."""
 
 import csv
+import sys
 
 import pytest
 import torch
@@ -8,7 +9,8 @@ from torch import nn
 
 from libragrad_minimal import sweep as sweeping
 from libragrad_minimal import zoo
-from libragrad_minimal.__main__ import main
+from libragrad_minimal.cli import main
+from libragrad_minimal.small_configs import LAYERS, SMALL, WIDTH, small_config
 from libragrad_minimal.sweep import (
     COLUMNS,
     Bounds,
@@ -42,6 +44,7 @@ SAMPLE = {
         "vision-language smolvlm",
     ],
     "open_clip": ["ViT-B-32 picture", "ViT-B-32 text"],
+    "treated": ["as it is", "checkpointed", "in memory until needed (accelerate)"],
 }
 
 
@@ -49,6 +52,12 @@ SAMPLE = {
 def test_sample(library, name):
     row = verdicts(library, name)
     assert (row["engine"], row["attribute"]) == ("complete", "complete"), row
+
+
+def test_models_that_a_package_is_missing_for_say_so(monkeypatch):
+    monkeypatch.setitem(sys.modules, "peft", None)
+    row = verdicts("treated", "LoRA (peft)")
+    assert (row["engine"], "needs a package" in row["engine_detail"]) == ("not built", True)
 
 
 def test_every_name_of_the_sample_is_registered():
@@ -60,8 +69,8 @@ def test_parts_of_a_configuration_keep_what_the_whole_says():
     from transformers import DetrConfig, RTDetrConfig
 
     for config in (DetrConfig(), RTDetrConfig()):
-        small = zoo.small_config(config, pictures=False)
-        assert (small.d_model, small.encoder_layers) == (zoo.WIDTH, zoo.LAYERS)
+        small = small_config(config, pictures=False)
+        assert (small.d_model, small.encoder_layers) == (WIDTH, LAYERS)
         said, kept = config.backbone_config, small.backbone_config
         assert kept.model_type == said.model_type
         assert len(said.out_indices) == 1 or kept.out_indices == said.out_indices
@@ -72,8 +81,8 @@ def test_filled_configurations_have_less_of_none():
     from transformers import GPT2Config
 
     assert GPT2Config().n_inner is None
-    assert zoo.small_config(GPT2Config(), pictures=False).n_inner is None
-    assert zoo.small_config(GPT2Config(), pictures=False, filled=True).n_inner == zoo.SMALL["n_inner"]
+    assert small_config(GPT2Config(), pictures=False).n_inner is None
+    assert small_config(GPT2Config(), pictures=False, filled=True).n_inner == SMALL["n_inner"]
 
 
 # ---- does it find what is wrong? -------------------------------------------------------------------------------------
@@ -224,7 +233,7 @@ def test_command(tmp_path, capsys):
 
 @pytest.mark.parametrize(
     ("arguments", "said"),
-    [(["--pattern", "nothing*"], "no model that matches"), (["-o", "/nowhere/table.csv"], "doesn't exist")],
+    [(["--pattern", "nothing*"], "no model that matches"), (["-o", "/proc/no/table.csv"], "can't write into /proc/no")],
 )
 def test_bad_arguments(arguments, said, capsys):
     assert main(["sweep", "timm", *arguments]) == 2

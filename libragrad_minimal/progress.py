@@ -1,0 +1,40 @@
+"""A word on stderr for whatever takes longer than a person waits without one."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from threading import Event, Thread
+
+PATIENCE = 2.0  # seconds
+
+
+@contextmanager
+def telling(what: str, has_bar: bool = False) -> Iterator[None]:
+    """While the block runs: nothing for two seconds, then what it does; in a terminal, how long it has taken, too.
+
+    Args:
+        what: the block does, such as "loading vit_tiny".
+        has_bar: the block shows a bar of its own in a terminal, so nothing more is said there.
+    """
+    done, begun = Event(), time.monotonic()
+
+    def tell() -> None:
+        if (has_bar and sys.stderr.isatty()) or done.wait(PATIENCE):
+            return
+        if not sys.stderr.isatty():
+            print(f"{what} ...", file=sys.stderr, flush=True)
+            return
+        while not done.wait(1.0):
+            print(f"\r{what} ... {time.monotonic() - begun:.0f} s", end="", file=sys.stderr, flush=True)
+        print("\r\033[K", end="", file=sys.stderr, flush=True)  # what comes next begins on a clean line
+
+    teller = Thread(target=tell, daemon=True)
+    teller.start()
+    try:
+        yield
+    finally:
+        done.set()
+        teller.join()

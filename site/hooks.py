@@ -1,0 +1,81 @@
+"""What MkDocs is told beyond its configuration: where the pages lie, and how formulas become MathML."""
+
+import posixpath
+import re
+from pathlib import Path
+
+from bs4 import BeautifulSoup
+from latex2mathml.converter import convert
+from mkdocs.structure.files import File
+
+ROOT = Path(__file__).resolve().parent.parent
+ELSEWHERE = "https://github.com/libragrad/libragrad-minimal/blob/main/"
+FORMULA = re.compile(r"\$\$(.+?)\$\$|\$(?!\s)([^$]+?)(?<!\s)\$", re.DOTALL)
+
+
+def on_files(files, config):
+    """README is the first page; notebooks and pictures keep their places, so that links between them hold."""
+    files.append(File.generated(config, "index.md", content=(ROOT / "README.md").read_text(encoding="utf-8")))
+    for path in sorted([*ROOT.glob("notebooks/*.ipynb"), *ROOT.glob("notebooks/*.md"), *ROOT.glob("data/*.png")]):
+        name = path.relative_to(ROOT).as_posix()
+        files.append(File(name, str(ROOT), config.site_dir, config.use_directory_urls))
+    return files
+
+
+on_files.mkdocs_priority = 100  # before the plugin that reads the notebooks
+
+
+def on_page_markdown(markdown, page, config, files):
+    """Links to files that are no pages lead to the repository."""
+    known = {file.src_uri for file in files} | {"README.md"}
+
+    def elsewhere(link):
+        target = link[1].split("#")[0]
+        return link[0] if not target or ":" in target or target in known else f"]({ELSEWHERE}{link[1]})"
+
+    return re.sub(r"\]\(([^)\s]+)\)", elsewhere, markdown)
+
+
+def on_page_content(html, page, config, files):
+    """Formulas between dollar signs become MathML, which every browser draws by itself; badges become words."""
+    soup = BeautifulSoup(html, "html.parser")
+    for badge in soup.find_all("img", src=re.compile("^https:")):
+        badge.replace_with(badge["alt"])
+    for link in soup.find_all("a", href=True) if page.file.src_uri.endswith(".ipynb") else ():
+        link["href"] = from_notebook(link["href"])
+    for text in soup.find_all(string=FORMULA):
+        if not {tag.name for tag in text.parents} & {"code", "pre", "script", "style", "svg"}:
+            text.replace_with(BeautifulSoup(with_formulas(str(text)), "html.parser"))
+    return str(soup)
+
+
+def from_notebook(target):
+    """Where a notebook's link leads: to another notebook's page, or to a file of the repository."""
+    path, _, place = target.partition("#")
+    if not path or ":" in path:
+        return target
+    if re.fullmatch(r"[\w-]+\.ipynb", path):
+        return f"../{path.removesuffix('.ipynb')}/{'#' * bool(place)}{place}"
+    return ELSEWHERE + posixpath.normpath(f"notebooks/{path}")
+
+
+def on_post_page(output, page, config):
+    """The theme's search is a dialog without a name, which readers of screens ask for."""
+    return output.replace(
+        'data-md-component="search" role="dialog"', 'data-md-component="search" role="dialog" aria-label="Search"'
+    )
+
+
+def with_formulas(text):
+    def mathml(found):
+        return convert(found[1] or found[2], display="block" if found[1] else "inline")
+
+    pieces, end = [], 0
+    for found in FORMULA.finditer(text):
+        pieces += [escaped(text[end : found.start()]), mathml(found)]
+        end = found.end()
+    return "".join(pieces) + escaped(text[end:])
+
+
+def escaped(text):
+    return text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")

@@ -1,0 +1,117 @@
+"""The site as a reader gets it: built from what lies here, looked at in a browser, wide and narrow, light and dark."""
+
+import functools
+import http.server
+import shutil
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+from axe_playwright_python.sync_playwright import Axe
+from bs4 import BeautifulSoup
+from playwright.sync_api import sync_playwright
+
+ROOT = Path(__file__).resolve().parents[1]
+pytestmark = pytest.mark.slow
+
+
+class Quiet(http.server.SimpleHTTPRequestHandler):
+    def log_message(self, *args):
+        pass
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("site")
+    build = [
+        sys.executable,
+        "-m",
+        "mkdocs",
+        "build",
+        "--strict",
+        "-q",
+        "-f",
+        ROOT / "site" / "mkdocs.yml",
+        "-d",
+        folder,
+    ]
+    done = subprocess.run(build, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+@pytest.fixture(scope="module")
+def address(site):
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Quiet, directory=site)) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}/"
+        server.shutdown()
+
+
+@pytest.fixture(scope="module")
+def browser():
+    path = shutil.which("chromium") or shutil.which("google-chrome")
+    if path is None:
+        pytest.skip("no chromium to look at the site with")
+    with sync_playwright() as playwright:
+        chromium = playwright.chromium.launch(executable_path=path, args=["--no-sandbox"])
+        yield chromium
+        chromium.close()
+
+
+def pages_of(site: Path) -> list[str]:
+    return sorted(path.parent.relative_to(site).as_posix() for path in site.rglob("index.html"))
+
+
+def test_every_notebook_is_a_page_and_every_link_leads_somewhere(site):
+    assert {f"notebooks/{path.stem}" for path in ROOT.glob("notebooks/*.ipynb")} <= set(pages_of(site))
+    for name in pages_of(site):
+        page = BeautifulSoup((site / name / "index.html").read_text(encoding="utf-8"), "html.parser")
+        for tag, attribute in (("a", "href"), ("img", "src"), ("script", "src"), ("link", "href")):
+            for target in (element[attribute] for element in page.find_all(tag, **{attribute: True})):
+                where = target.partition("#")[0]
+                if ":" in where:
+                    assert tag == "a" or where.startswith("data:") or "canonical" in str(page.find(tag, href=target))
+                elif where:
+                    path = (site / name / where).resolve()
+                    assert path.is_file() or (path / "index.html").is_file(), f"{name}: {target}"
+
+
+def test_formulas_are_set_without_a_script(site):
+    for name in pages_of(site):
+        page = BeautifulSoup((site / name / "index.html").read_text(encoding="utf-8"), "html.parser")
+        for code in page.find_all(["pre", "code", "script", "style"]):
+            code.decompose()
+        for math in page.find_all("math"):
+            assert "merror" not in str(math)
+            math.decompose()
+        assert "$" not in page.get_text().replace("\\$", ""), name
+
+
+@pytest.mark.parametrize("width, scheme", [(1200, "light"), (390, "dark")])
+def test_in_a_browser(site, address, browser, width, scheme):
+    for name in pages_of(site):
+        page = browser.new_page(viewport={"width": width, "height": 900}, color_scheme=scheme)
+        faults, fetched = [], []
+        page.on("console", lambda message, faults=faults: message.type == "error" and faults.append(message.text))
+        page.on("pageerror", lambda error, faults=faults: faults.append(str(error)))
+        page.on("request", lambda request, fetched=fetched: fetched.append(request.url))
+        page.goto(address + name, wait_until="load")
+        assert not faults, name
+        assert all(url.startswith((address, "data:", "blob:")) for url in fetched), "something comes from elsewhere"
+        assert page.evaluate("[...document.images].filter(i => !i.naturalWidth || !i.alt).map(i => i.src)") == [], name
+        assert page.evaluate("document.documentElement.scrollWidth <= innerWidth"), f"{name} scrolls sideways"
+        page.close()
+
+
+@pytest.mark.parametrize("name", ["", "gallery", "notebooks/00_balanced_gradients"])
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_axe_finds_nothing_serious(address, browser, name, scheme):
+    page = browser.new_page(viewport={"width": 1200, "height": 900}, color_scheme=scheme)
+    page.goto(address + name, wait_until="load")
+    found = Axe().run(page).response["violations"]
+    serious = [(one["id"], one["nodes"][0]["html"][:200]) for one in found if one["impact"] in ("serious", "critical")]
+    page.close()
+    assert serious == []
