@@ -65,7 +65,7 @@ def command(what: str, root: Path) -> list[str]:
 def set_up(root: Path, cpu: bool = False) -> None:
     """Fill .venv, unless that was done since pyproject.toml changed; one that was interrupted is done again."""
     ready, project = root / ".venv" / "ready", root / "pyproject.toml"
-    if ready.exists() and ready.stat().st_mtime > project.stat().st_mtime:
+    if ready.exists() and ready.stat().st_mtime >= project.stat().st_mtime:
         return
     print(announcement(cpu), flush=True)
     for step in steps(root, cpu):

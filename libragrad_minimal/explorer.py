@@ -104,7 +104,7 @@ def explore_vit(loaded: LoadedModel, picture: Any, classes: Sequence[str] | None
         An Explorer with the choices class_name, method, rules and layer ("all", or the block to start from, or to
         look at).
     """
-    pixels = loaded.transform(picture)[None]
+    pixels = loaded.transform(picture)[None].to(device_of(loaded))
     names = loaded.class_names or [str(number) for number in range(loaded.model.num_classes)]
     with torch.no_grad():
         likeliest = [names[i] for i in loaded.model(pixels)[0].topk(min(10, len(names))).indices]
@@ -123,10 +123,10 @@ def explore_clip(loaded: LoadedModel, picture: Any, prompt: str) -> Explorer:
         picture: a PIL image.
         prompt: the first sentence; another can be typed.
     """
-    pixels = loaded.transform(picture)[None]
+    pixels = loaded.transform(picture)[None].to(device_of(loaded))
 
     def draw(prompt: str, method: str, rules: str, layer: str) -> PatchMap:
-        direction = encode_prompts(loaded, [prompt])[0]
+        direction = encode_prompts(loaded, [prompt])[0].to(pixels.device)
         return on_picture(loaded, pixels, direction, prompt, method, rules, layer)
 
     return Explorer(draw, prompt=prompt, **kinds_of_maps(loaded))
@@ -142,7 +142,7 @@ def explore_llama(loaded: LoadedModel, prompt: str, answer: str) -> Explorer:
     """
 
     def draw(prompt: str, answer: str, method: str, rules: str, layer: str) -> TokenStrips:
-        ids = loaded.tokenizer(prompt, return_tensors="pt").input_ids.to(loaded.model.device)
+        ids = loaded.tokenizer(prompt, return_tensors="pt").input_ids.to(device_of(loaded))
         tokens = loaded.tokenizer(answer, add_special_tokens=False).input_ids
         if not tokens:
             raise ValueError("answer is empty: type a word that could follow the prompt")
@@ -156,6 +156,10 @@ def explore_llama(loaded: LoadedModel, prompt: str, answer: str) -> Explorer:
     return Explorer(draw, prompt=prompt, answer=answer, **kinds_of_maps(loaded))
 
 
+def device_of(loaded: LoadedModel) -> torch.device:
+    return next(loaded.model.parameters()).device
+
+
 def kinds_of_maps(loaded: LoadedModel) -> dict[str, list[str]]:
     first = sorted(ONE_GRADIENT, key=lambda name: name != "FullGrad+")
     layers = [ALL, *(str(layer) for layer in range(len(loaded.blocks)))]
@@ -166,7 +170,7 @@ def on_picture(
     loaded: LoadedModel, pixels: Tensor, target: Any, name: str, method: str, rules: str, layer: str
 ) -> PatchMap:
     found = attribute(loaded.model, pixels, target, method, NAMED_RULES[rules], **blocks_asked(loaded, method, layer))
-    return PatchMap(seen_picture(loaded, pixels[0]), found.maps[0], described(name, method, rules, layer, found))
+    return PatchMap(seen_picture(loaded, pixels[0].cpu()), found.maps[0].cpu(), described(name, method, rules, layer, found))
 
 
 def described(name: str, method: str, rules: str, layer: str, found: Attribution) -> str:

@@ -46,7 +46,7 @@ def attribute_prompts(
         ValueError: an empty prompt or an unknown method.
         UnsupportedOperation: as libra_grad does.
     """
-    check_method(method, [])
+    check_method(method, {})
     texts = encode_prompts(loaded, prompts).to(images.device)
     batches = images.split(batch_size)
     bar = tqdm(total=len(images) * len(texts), unit="map", disable=not progress)

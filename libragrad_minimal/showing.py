@@ -30,7 +30,7 @@ def show(picture: Figure | Image.Image, alt: str) -> None:
     few_colours = picture.convert("RGB").quantize(256, Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE)
     buffer = io.BytesIO()
     few_colours.save(buffer, format="png", optimize=True)
-    data = {"image/png": buffer.getvalue(), "text/plain": f"<picture of {picture.width} x {picture.height} pixels>"}
+    data = {"image/png": buffer.getvalue(), "text/plain": alt}
     display(data, raw=True, metadata={"image/png": {"alt": alt}})
 
 

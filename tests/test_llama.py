@@ -77,8 +77,8 @@ def notebook():
     lifted = functions_of(NOTEBOOKS / "01_llama3_token_attribution.ipynb")
     lifted.plain_attention = F.scaled_dot_product_attention  # what the notebook assigns outside functions
     lifted.REPAIRS = {
-        "attention": (F, "scaled_dot_product_attention", lifted.libra_attention),
-        "gate": (SiLUActivation, "forward", lifted.libra_silu),
+        "attention": (F, "scaled_dot_product_attention", lifted.libra_sdpa),
+        "gate": (SiLUActivation, "forward", lifted.libra_silu_forward),
         "norm": (LlamaRMSNorm, "forward", lifted.libra_rms_norm),
         "product": (LlamaMLP, "forward", lifted.libra_mlp),
     }
@@ -117,7 +117,7 @@ def test_norm_holds_its_denominator(notebook):
 
 def test_gate_has_the_slope_of_the_secant(notebook):
     x = torch.tensor([-30.0, -1.0, 0.0, 2.0])
-    value, gradient = gradient_of(lambda x: notebook.libra_silu(None, x), x, torch.ones(4))
+    value, gradient = gradient_of(lambda x: notebook.libra_silu(x), x, torch.ones(4))
     assert torch.equal(value, F.silu(x))
     torch.testing.assert_close(gradient, 1 / (1 + torch.exp(-x)))  # 1/2 at 0, not NaN
 
@@ -140,7 +140,7 @@ def test_attention_passes_gradient_to_the_values_only(notebook):
     query, key, value = torch.randn(1, 4, 5, 8), torch.randn(1, 2, 5, 8), torch.randn(1, 2, 5, 8)
     inputs = [tensor.requires_grad_() for tensor in (query, key, value)]
     weights = torch.randn(1, 4, 5, 8)
-    result = notebook.libra_attention(*inputs, is_causal=True, enable_gqa=True)
+    result = notebook.libra_sdpa(*inputs, is_causal=True, enable_gqa=True)
     to_query, to_key, to_value = torch.autograd.grad((result * weights).sum(), inputs, materialize_grads=True)
 
     scores = query @ key.repeat_interleave(2, 1).mT / 8**0.5
@@ -151,9 +151,9 @@ def test_attention_passes_gradient_to_the_values_only(notebook):
 
 
 def test_three_number_examples_by_hand(notebook):
-    value, contributions = notebook.total(lambda u, a: (u * a).sum(), [1.0, 2.0, 3.0], [4.0, 5.0, 6.0])
+    value, contributions = notebook.value_and_sum(lambda u, a: (u * a).sum(), [1.0, 2.0, 3.0], [4.0, 5.0, 6.0])
     assert (value, contributions) == (32, 64)
-    value, contributions = notebook.total(lambda x: notebook.rms_norm(x)[2], [1.0, 2.0, 2.0])
+    value, contributions = notebook.value_and_sum(lambda x: notebook.rms_norm(x)[2], [1.0, 2.0, 2.0])
     assert value == pytest.approx(2 / 3**0.5) and contributions == pytest.approx(0, abs=1e-6)
 
 

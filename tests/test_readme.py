@@ -21,7 +21,7 @@ DISTRIBUTION_OF = {
     "skimage": "scikit-image",
     "sklearn": "scikit-learn",
 }
-DISTRIBUTION_OF |= {"pytorch_grad_cam": "grad-cam", "yaml": "pyyaml"}
+DISTRIBUTION_OF |= {"bs4": "beautifulsoup4", "pytorch_grad_cam": "grad-cam", "yaml": "pyyaml"}
 
 
 def canonical(name: str) -> str:

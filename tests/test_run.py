@@ -115,6 +115,13 @@ def test_html_executes_all_notebooks_and_says_where_they_are(project, capsys):
     assert "results" not in capsys.readouterr().out
 
 
+def test_site_is_one_command_and_says_where_it_is(project, capsys):
+    assert run.main(["site"], project.root) == 0
+    assert project.commands[-1] == [PYTHON, "-m", "mkdocs", "build", "--quiet", "--strict", "-f", "site/mkdocs.yml"]
+    assert str(project.root / "results") in capsys.readouterr().out
+    assert (ROOT / "site" / "mkdocs.yml").is_file()
+
+
 def test_control_c_is_one_word(project, monkeypatch, capsys):
     def interrupted(*_, **__):
         raise KeyboardInterrupt
