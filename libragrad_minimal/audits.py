@@ -16,7 +16,7 @@ def audit_model(name: str) -> Audit:
     """How each operation of a model is treated.
 
     Args:
-        name: vit, clip or llama (the demos), a timm or open_clip name, or a transformers name or folder.
+        name: a demo's, such as vit, clip or llama; a timm or open_clip name, or a transformers name or folder.
     """
     if name in DEMOS:
         loaded = load_demo(name)

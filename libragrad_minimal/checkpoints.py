@@ -17,6 +17,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
+from .demo_vits import VITS
 from .sentences import one_line
 from .untrusted import refuse_remote_code
 
@@ -173,7 +174,8 @@ def damaged(path: Path, why: str) -> Damaged:
 
 
 def _how_to_rebuild(path: Path) -> str:
-    script = path.stem.replace("demo_", "train_") + ".py"
+    name = path.stem.removeprefix("demo_")
+    script = f"train_vits.py {name}" if name in VITS else f"train_{name}.py"
     return (
         f"Get it back by installing the package again, in a clone with `git checkout -- data/{path.name}`; "
         f"or make it again there: `python data/{script}`."

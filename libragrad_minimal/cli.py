@@ -36,7 +36,7 @@ from .explanations import (
 )
 from .files import whole_file
 from .methods import METHODS, NAMED_RULES
-from .models import LoadedModel, Unreachable, load_demo, load_pretrained
+from .models import DEMOS, VITS, LoadedModel, Unreachable, load_demo, load_pretrained
 from .outputs import KINDS, checked, one_each, writable
 from .pages import page
 from .pictures import EXTENSIONS, open_picture
@@ -442,7 +442,7 @@ def sweep_models(library, pattern, few, processes, seconds, gigabytes, output) -
     "benchmark --model vit --data scenes:40 -o measured",
     'benchmark --compare "FullGrad+ libra" "FullGrad+ plain" -o measured',
 )
-@click.option("--model", help="vit, clip, llama (the demos); a name of timm, open_clip (NAME/TAG) or the hub.")
+@click.option("--model", help=f"A demo ({', '.join(DEMOS)}); a name of timm, open_clip (NAME/TAG) or the hub.")
 @click.option(
     "--data",
     metavar="KIND:WHERE",
@@ -510,9 +510,9 @@ def load(kind: str, name: str | None) -> LoadedModel:
     """The demo model only for who asks for it."""
     if kind == "llama":
         bars_in_terminals_only()
-    if name == "demo":
+    if name == "demo" or kind == "vit" and name in VITS:
         try:
-            return load_demo(kind)
+            return load_demo(kind if name == "demo" else name)
         except (ValueError, FileNotFoundError) as error:
             raise ValueError(f"{error} Or leave --model demo out, for {REAL[kind]}") from error
     chosen = name or REAL[kind]

@@ -46,6 +46,10 @@ NAMED_RULES: dict[str, Rules] = {
     "cp-lrp": CP_LRP,
     "decompx": DECOMPX,
     "residual": replace(LIBRA, residual=True),
+    # Libra with one repair left out, as Mehri et al. 2025 do in their table 5 (without products: DecompX)
+    "no norm": LIBRA.without("norm"),
+    "no activation": LIBRA.without("activation"),
+    "no attention": LIBRA.without("attention"),
 }
 
 

@@ -9,7 +9,7 @@ import json
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import wraps
+from functools import partial, wraps
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +19,11 @@ from PIL import Image
 from torch import Tensor, nn
 
 from .checkpoints import LONGEST, Checkpoint, damaged, read_checkpoint
+from .demo_vits import SIDE, VITS, build
 from .sentences import one_line
 from .untrusted import check_open_clip_config, config_of_weights, in_one_sentence, place_of
 
 PACKAGE = Path(__file__).resolve().parent
-SIDE = 64  # pixels, of what the demo models see
 DATA = PACKAGE / "data" if (PACKAGE / "data").is_dir() else PACKAGE.parent / "data"  # in a wheel; in a clone
 
 
@@ -46,7 +46,8 @@ def load_demo(kind: str) -> LoadedModel:
     """The small model that ships with this project, from data/demo_<kind>.safetensors.
 
     Args:
-        kind: "vit", "clip" or "llama".
+        kind: "vit", "clip" or "llama"; or another family of image models, which are of the kind "vit": "eva02",
+            "beitv2", "flexivit", "siglip", "clip_vit", "deit3", "mixer".
     Returns:
         The model in eval mode on the CPU, fp32. How it was trained stands in its card, data/demo_<kind>.md.
     Raises:
@@ -107,25 +108,28 @@ def kind_of(name: str) -> str:
 # ---- ViT (timm) ----
 
 
-def _demo_vit(checkpoint: Checkpoint) -> LoadedModel:
-    from timm.models import VisionTransformer
+def _demo_vit(family: str, checkpoint: Checkpoint) -> LoadedModel:
+    sizes = checkpoint.sizes("architecture", _demo_vit_sizes(family, checkpoint))
+    names = checkpoint.read("class_names")
+    if not _are_texts(names) or len(names) != sizes["num_classes"]:
+        raise damaged(checkpoint.path, f"its header's 'class_names' isn't a list of {sizes['num_classes']} names")
+    model = checkpoint.fill(build(family, sizes)).eval()
+    checkpoint.tried(model, torch.zeros(1, 3, SIDE, SIDE))
+    return _describe_vit(f"demo {family}", model, _demo_transform, names)
 
+
+def _demo_vit_sizes(family: str, checkpoint: Checkpoint) -> dict[str, Any]:
+    """What a header may say: the sizes of the file's own tensors, and numbers of heads."""
     classes, width = checkpoint.shape("head.weight", 2)
+    stem, depth = ("stem", "num_blocks") if family == "mixer" else ("patch_embed", "depth")
     allowed = {
         "img_size": SIDE,
-        "patch_size": checkpoint.shape("patch_embed.proj.weight", 4)[-1],
+        "patch_size": checkpoint.shape(f"{stem}.proj.weight", 4)[-1],
         "embed_dim": width,
-        "depth": checkpoint.count("blocks."),
-        "num_heads": range(1, width + 1),
+        depth: checkpoint.count("blocks."),
         "num_classes": classes,
     }
-    architecture = checkpoint.sizes("architecture", allowed)
-    names = checkpoint.read("class_names")
-    if not _are_texts(names) or len(names) != classes:
-        raise damaged(checkpoint.path, f"its header's 'class_names' isn't a list of {classes} names")
-    model = checkpoint.fill(VisionTransformer(**architecture)).eval()
-    checkpoint.tried(model, torch.zeros(1, 3, SIDE, SIDE))
-    return _describe_vit("demo vit", model, _demo_transform, names)
+    return allowed if family == "mixer" else allowed | {"num_heads": range(1, width + 1)}
 
 
 def _pretrained_vit(name: str) -> LoadedModel:
@@ -146,7 +150,8 @@ def _pretrained_vit(name: str) -> LoadedModel:
 
 
 def _describe_vit(name: str, model: Any, transform: Callable, class_names: list[str] | None) -> LoadedModel:
-    if not hasattr(model, "blocks") or not hasattr(model, "patch_embed"):
+    stem: Any = getattr(model, "patch_embed", None) or getattr(model, "stem", None)  # the latter, of MLP-Mixers
+    if not hasattr(model, "blocks") or not hasattr(stem, "grid_size"):
         raise ValueError(f"{name} has no blocks and patch_embed, as timm's Vision Transformers have; pick one of those")
     return LoadedModel(
         kind="vit",
@@ -155,8 +160,8 @@ def _describe_vit(name: str, model: Any, transform: Callable, class_names: list[
         blocks=list(model.blocks),
         transform=transform,
         class_names=class_names,
-        prefix_tokens=model.num_prefix_tokens,
-        grid=tuple(model.patch_embed.grid_size),
+        prefix_tokens=getattr(model, "num_prefix_tokens", 0),
+        grid=tuple(stem.grid_size),
     )
 
 
@@ -447,7 +452,11 @@ def _carefully(load: Callable) -> Callable:
     return loading
 
 
-DEMOS = {"vit": _demo_vit, "llama": _demo_llama, "clip": _demo_clip}
+DEMOS: dict[str, Callable[[Checkpoint], LoadedModel]] = {
+    **{family: partial(_demo_vit, family) for family in VITS},
+    "llama": _demo_llama,
+    "clip": _demo_clip,
+}
 PRETRAINED = {
     "vit": _carefully(_pretrained_vit),
     "llama": _carefully(_pretrained_llama),

@@ -21,6 +21,7 @@ import libragrad_minimal.cli as cli
 from libragrad_minimal import LIBRA, PLAIN, attribute, benchmark, libra_grad, report
 from libragrad_minimal.batches import pixels
 from libragrad_minimal.benchmark import Settings, compare, read_table, run, summary
+from libragrad_minimal.demo_vits import VITS
 from libragrad_minimal.files import only_one
 from libragrad_minimal.models import DATA, load_demo
 from libragrad_minimal.scenes import draw_scene
@@ -365,3 +366,34 @@ def test_stored_table_of_coco_is_what_its_command_measures(shared, tmp_path):
     both = live.merge(stored.astype({key: str for key in keys}), on=keys, suffixes=("", " stored"))
     assert len(both) == len(live) == 4 * 2 * 2 * 5
     assert np.isclose(both["value"], both["value stored"], atol=2e-3).all()
+
+
+@pytest.mark.parametrize("family", VITS)
+def test_stored_table_of_the_families_is_what_is_measured(family):
+    """Two methods on the first scenes, and each family's own claim: under Libra FullGrad+ adds up."""
+    stored = pd.read_parquet(DATA / "benchmark_families.parquet")
+    stored = stored[stored["model"] == family].drop(columns="model")
+    settings = Settings(
+        family, "scenes:4", ("FullGrad+", "HiResCAM"), metrics=("completeness", "segmentation"), target="true", batch=4
+    )
+    of = benchmark.subject(benchmark.load(family, torch.device("cpu")))
+    live = benchmark.measured(of, benchmark.open_data(settings.data, of.loaded), settings)
+    keys = ["example", "method", "rules", "metric"]
+    both = live.merge(stored.astype({key: str for key in keys}), on=keys, suffixes=("", " stored"))
+    assert set(both["metric"]) == {"completeness error", "AP", "pointing game"} and len(both) == 4 * 2 * 2 * 3
+    assert np.isclose(both["value"], both["value stored"], atol=2e-3).all()
+    adds_up = stored[(stored["method"] == "FullGrad+") & (stored["metric"] == "completeness error")]
+    errors = adds_up.groupby("rules", observed=True)["value"].max()
+    assert errors["libra"] < 1e-3 and errors["plain"] > 0.1
+
+
+def test_families_say_the_same_of_their_rows():
+    """No family, rules or scene is missing; a mixer alone has fewer methods."""
+    stored = pd.read_parquet(DATA / "benchmark_families.parquet")
+    assert set(stored["model"]) == set(VITS)
+    runs = stored.groupby("model", observed=True).apply(
+        lambda rows: set(zip(rows["method"], rows["rules"], strict=True))
+    )
+    assert all(runs[family] == runs["vit"] for family in VITS if family != "mixer")
+    assert {method for method, _ in runs["vit"] - runs["mixer"]} >= {"GenAtt", "Attention Rollout"}
+    assert (stored.groupby(["model", "method", "rules", "metric"], observed=True)["example"].nunique() == 50).all()

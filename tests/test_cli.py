@@ -18,6 +18,7 @@ from torchvision import transforms
 
 import libragrad_minimal.cli as cli
 from libragrad_minimal import LIBRA, PLAIN, attribute, audits, progress
+from libragrad_minimal.demo_vits import VITS
 from libragrad_minimal.explanations import crop_box
 from libragrad_minimal.models import DATA, DEMOS, LoadedModel, Unreachable, load_demo
 from libragrad_minimal.scenes import draw_scene
@@ -65,6 +66,14 @@ def test_image_writes_a_panel_a_class_and_the_scores(scene, tmp_path, capsys):
     np.testing.assert_allclose(saved["scores"], expected.scores, rtol=1e-4, atol=1e-5)
     np.testing.assert_allclose(saved["output"], expected.output, rtol=1e-4)
     assert tuple(saved["grid"]) == expected.grid
+
+
+@pytest.mark.parametrize("family", ["siglip", "mixer"])
+def test_image_takes_another_demo(family, scene, tmp_path, capsys):
+    arguments = ["image", scene, "--class", "cat", "--model", family, "-o", tmp_path / "out.png"]
+    assert cli.main([str(argument) for argument in arguments]) == 0
+    if family == "mixer":
+        fails_with(capsys, [*arguments, "--overwrite", "--method", "genatt"], "attention")
 
 
 def test_image_without_a_class_explains_the_prediction_with_options(scene, tmp_path):
@@ -138,9 +147,9 @@ def test_text_as_a_figure(tmp_path):
     assert Image.open(tmp_path / "out.png").width > 100
 
 
-def test_audit_prints_the_table(capsys):
-    needs_demo("vit")
-    assert cli.main(["audit", "vit"]) == 0
+@pytest.mark.parametrize("family", VITS)
+def test_audit_prints_the_table(family, capsys):
+    assert cli.main(["audit", family]) == 0
     out = capsys.readouterr().out
     assert "NativeLayerNorm" in out and "are complete" in out
 

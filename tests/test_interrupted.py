@@ -48,7 +48,10 @@ class Script:
 
     def kill_after_saving(self, times: int, moment: float) -> None:
         """kill -9, some time after the file from which it goes on was written so many times in this run."""
-        file = self.folder / (f".cache/{Path(self.name).stem}.pt" if "train" in self.name else self.outputs[0])
+        file = self.folder / self.outputs[0]
+        if "train" in self.name:
+            of_one = f"_{self.options[0]}" if self.name == "train_vits.py" else ""
+            file = self.folder / f".cache/{Path(self.name).stem}{of_one}.pt"
 
         def version():
             return file.stat().st_mtime_ns if file.exists() else 0
@@ -76,11 +79,12 @@ def values(file: Path):
 
 
 SCRIPTS = {
-    "train_vit.py": (
-        ["--steps", "4"],
-        {"done % 250": "done % 1", "LEARNING_RATE, BATCH = 1e-3, 64": "LEARNING_RATE, BATCH = 1e-3, 2",
-         "REFINEMENT = 600": "REFINEMENT = 2", "evaluate(count=2000)": "evaluate(count=4)"},
-        ["demo_vit.safetensors"],
+    "train_vits.py": (
+        ["flexivit", "--steps", "4"],
+        {"SAVE_EVERY = 250": "SAVE_EVERY = 1", "BATCH = 64": "BATCH = 2",
+         "refinement: int = 100": "refinement: int = 2",
+         "evaluate(options.name, count=2000)": "evaluate(options.name, count=4)"},
+        ["demo_flexivit.safetensors"],
     ),
     "train_clip.py": (
         ["--steps", "4"],
@@ -143,11 +147,11 @@ def test_a_killed_sweep_ends_as_an_undisturbed_one(tmp_path):
 
 @pytest.mark.slow
 def test_a_second_run_is_told(tmp_path):
-    script = Script(tmp_path, "train_vit.py", *SCRIPTS["train_vit.py"])
-    script.options = ["--steps", "1000000"]
+    script = Script(tmp_path, "train_vits.py", *SCRIPTS["train_vits.py"])
+    script.options = ["vit", "--steps", "1000000"]
     first = script.start()
     try:
-        while not (script.folder / ".cache" / "train_vit.pt").exists():
+        while not (script.folder / ".cache" / "train_vits_vit.pt").exists():
             assert first.poll() is None
             time.sleep(0.05)
         second = script.start()

@@ -8,9 +8,13 @@ import torch
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from timm import layers
+from timm.models import beit, mlp_mixer, vision_transformer
+from torch import nn
 
 from libragrad_minimal import models
-from libragrad_minimal.models import load_demo, load_pretrained
+from libragrad_minimal.demo_vits import VITS
+from libragrad_minimal.models import DATA, load_demo, load_pretrained
 from libragrad_minimal.photographs import photograph
 from libragrad_minimal.scenes import CLASSES, draw_scene
 
@@ -27,18 +31,43 @@ def tokens_entering_each_block(vit, images):
     return shapes
 
 
-def test_the_demo_vit_is_as_described():
-    vit = load_demo("vit")
+# the class in timm, prefix tokens, and a module that this family is known by
+FAMILIES = {
+    "vit": ("VisionTransformer", 1, nn.GELU),
+    "eva02": ("Eva", 1, layers.SwiGLU),
+    "beitv2": ("Beit", 1, beit.Attention),
+    "flexivit": ("VisionTransformer", 1, nn.GELU),
+    "siglip": ("VisionTransformer", 0, layers.AttentionPoolLatent),
+    "clip_vit": ("VisionTransformer", 1, layers.QuickGELU),
+    "deit3": ("VisionTransformer", 1, vision_transformer.LayerScale),
+    "mixer": ("MlpMixer", 0, mlp_mixer.MixerBlock),
+}
+
+
+def test_every_family_is_tested():
+    assert FAMILIES.keys() == VITS.keys()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_demo_vits_are_as_described(family):
+    vit = load_demo(family)
+    of_class, prefix_tokens, part = FAMILIES[family]
+    assert (type(vit.model).__name__, vit.prefix_tokens, vit.kind, vit.name) == (
+        of_class, prefix_tokens, "vit", f"demo {family}"
+    )  # fmt: skip
+    assert any(isinstance(module, part) for module in vit.model.modules())
+    assert (DATA / f"demo_{family}.safetensors").stat().st_size < 2.2e6
     assert not vit.model.training
     assert vit.class_names == list(CLASSES)
     expected = (2, vit.prefix_tokens + vit.grid[0] * vit.grid[1], vit.model.embed_dim)
     assert tokens_entering_each_block(vit, torch.zeros(2, 3, 64, 64)) == [expected] * len(vit.blocks)
 
 
-def test_the_demo_vit_knows_its_glyphs():
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_demo_vits_know_their_glyphs(family):
     """A floor well below the card's 2,000-scene numbers, on 200 scenes that training never saw."""
-    vit = load_demo("vit")
-    for objects, floor in ((1, 0.95), (2, 0.85)):
+    vit = load_demo(family)
+    for objects, floor in ((1, 0.95), (2, 0.85)) if family == "vit" else ((1, 0.92), (2, 0.7)):
         scenes = [draw_scene(50_000 + i, objects) for i in range(200)]
         with torch.no_grad():
             logits = vit.model(torch.stack([vit.transform(Image.fromarray(scene.image)) for scene in scenes]))
@@ -77,7 +106,7 @@ def assert_load_fails(error, path, reason):
         load_demo("vit")
     message = str(caught.value)
     assert str(path) in message and reason in message
-    assert "python data/train_vit.py" in message and "git checkout -- data/demo_vit.safetensors" in message
+    assert "python data/train_vits.py vit`" in message and "git checkout -- data/demo_vit.safetensors" in message
 
 
 def test_missing_checkpoint(checkpoint):

@@ -12,6 +12,7 @@ from packaging.requirements import Requirement
 from test_notebooks import PROJECT, ROOT
 
 import libragrad_minimal.cli as cli
+from libragrad_minimal.models import DEMOS
 
 
 @pytest.fixture(scope="session")
@@ -64,7 +65,7 @@ def take_away_extras(installed: Path) -> None:
 
 def test_the_wheel_holds_the_library_and_the_demo_models_and_nothing_else(wheel):
     library = [path.relative_to(ROOT).as_posix() for path in (ROOT / "libragrad_minimal").glob("**/*.py")]
-    demos = [f"demo_{kind}{suffix}" for kind in ("vit", "clip", "llama") for suffix in (".safetensors", ".md")]
+    demos = [f"demo_{kind}{suffix}" for kind in DEMOS for suffix in (".safetensors", ".md")]
     data = [
         f"libragrad_minimal/data/{name}"
         for name in [*demos, "circuit_pairs.json", "evidence_questions.json", "prompts.json"]
@@ -146,10 +147,10 @@ modules = [libragrad_minimal] + [
 ]
 assert all(home in pathlib.Path(module.__file__).parents for module in modules)
 
-from libragrad_minimal.models import DATA, load_demo
+from libragrad_minimal.models import DATA, VITS, load_demo
 
 assert home in DATA.parents
-for kind in ("vit", "clip"):
+for kind in ("clip", *VITS):
     loaded, pictures = load_demo(kind), torch.randn(1, 3, 64, 64, requires_grad=True)
     answer = loaded.model.encode_image(pictures) if kind == "clip" else loaded.model(pictures)
     assert libra_grad(answer[:, 0], pictures)[0].any()

@@ -19,11 +19,12 @@ from transformers.integrations import hub_kernels
 
 from libragrad_minimal import models
 from libragrad_minimal.checkpoints import Damaged
+from libragrad_minimal.demo_vits import VITS
 from libragrad_minimal.models import LoadedModel, load_demo, load_pretrained
 from libragrad_minimal.untrusted import transformers_config
 
 DATA = Path(__file__).resolve().parents[1] / "data"
-KINDS = ("vit", "clip", "llama")
+KINDS = tuple(models.DEMOS)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -124,7 +125,9 @@ def check_spoiled_headers(kind: str, folder: Path, seed: int, count: int) -> int
     return refused
 
 
-@pytest.mark.parametrize(("kind", "count"), [("vit", 150), ("clip", 30), ("llama", 150)])
+@pytest.mark.parametrize(
+    ("kind", "count"), [("clip", 30), ("llama", 150), *((family, 150 if family == "vit" else 20) for family in VITS)]
+)
 def test_spoiled_headers(kind, count, folder):
     assert check_spoiled_headers(kind, folder, 0, count) > 0.5 * count
 
@@ -150,7 +153,8 @@ def check_damaged_files(kind: str, folder: Path, seed: int, count: int) -> int:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_damaged_files(kind, folder):
-    assert check_damaged_files(kind, folder, 0, 40) > 10
+    count = 40 if kind in ("vit", "clip", "llama") else 12
+    assert check_damaged_files(kind, folder, 0, count) > 0.25 * count
 
 
 @pytest.mark.parametrize(
@@ -160,6 +164,8 @@ def test_damaged_files(kind, folder):
         ("vit", "architecture", {"embed_dim": 10**7}),
         ("vit", "architecture", {"img_size": 10**6}),
         ("vit", "architecture", {"num_classes": 10**9}),
+        ("eva02", "architecture", {"depth": 10**9}),
+        ("mixer", "architecture", {"num_blocks": 10**9}),
         ("clip", "architecture", {"embed_dim": 10**9}),
         ("llama", "config", {"num_hidden_layers": 10**9}),
         ("llama", "config", {"hidden_size": 10**7}),
@@ -176,6 +182,24 @@ def test_no_model_is_built_that_the_tensors_cannot_fill(kind, key, change, folde
     monkeypatch.setattr(torch.nn.Module, "__init__", lambda *args, **options: pytest.fail("a model was being built"))
     with pytest.raises(Damaged, match=f"don't fit.* {next(iter(change))} = 10"):
         load_demo(kind)
+
+
+@pytest.mark.parametrize("family", VITS)
+@pytest.mark.parametrize("more", [{"class": "Beit"}, {"block_fn": "os.system"}, {"norm_layer": "torch.load"}])
+def test_a_header_names_no_class(family, more, folder):
+    """What is built follows from the name that was asked for alone."""
+    tensors, header = stored(family)
+    changed = json.dumps(json.loads(header["architecture"]) | more)
+    save_file(tensors, folder / f"demo_{family}.safetensors", header | {"architecture": changed})
+    with pytest.raises(Damaged, match=f"has an entry '{next(iter(more))}' that isn't known"):
+        load_demo(family)
+
+
+def test_one_family_under_the_name_of_another(folder):
+    tensors, header = stored("deit3")
+    save_file(tensors, folder / "demo_vit.safetensors", header)
+    with pytest.raises(Damaged, match="don't fit the model it describes"):
+        load_demo("vit")
 
 
 def test_a_tokenizer_that_panics(folder):
