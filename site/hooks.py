@@ -41,8 +41,13 @@ def on_page_content(html, page, config, files):
     soup = BeautifulSoup(html, "html.parser")
     for badge in soup.find_all("img", src=re.compile("^https:")):
         badge.replace_with(badge["alt"])
-    for link in soup.find_all("a", href=True) if page.file.src_uri.endswith(".ipynb") else ():
-        link["href"] = from_notebook(link["href"])
+    if page.file.src_uri.endswith(".ipynb"):
+        for link in soup.find_all("a", href=True):
+            link["href"] = from_notebook(link["href"])
+        for image in soup.find_all("img", src=re.compile(r"^\.\./")):
+            image["src"] = f"../{image['src']}"  # a page lies one folder deeper than its notebook
+        for code in soup.find_all("div", class_="highlight-ipynb"):
+            code["tabindex"] = "0"  # so that what is wider than the screen can be scrolled by keys
     for text in soup.find_all(string=FORMULA):
         if not {tag.name for tag in text.parents} & {"code", "pre", "script", "style", "svg"}:
             text.replace_with(BeautifulSoup(with_formulas(str(text)), "html.parser"))
