@@ -170,7 +170,8 @@ def on_picture(
     loaded: LoadedModel, pixels: Tensor, target: Any, name: str, method: str, rules: str, layer: str
 ) -> PatchMap:
     found = attribute(loaded.model, pixels, target, method, NAMED_RULES[rules], **blocks_asked(loaded, method, layer))
-    return PatchMap(seen_picture(loaded, pixels[0].cpu()), found.maps[0].cpu(), described(name, method, rules, layer, found))
+    title = described(name, method, rules, layer, found)
+    return PatchMap(seen_picture(loaded, pixels[0].cpu()), found.maps[0].cpu(), title)
 
 
 def described(name: str, method: str, rules: str, layer: str, found: Attribution) -> str:

@@ -4,6 +4,7 @@ import ast
 import re
 import shlex
 import sys
+from pathlib import Path
 
 import nbformat
 import pytest
@@ -159,7 +160,8 @@ def test_dependencies_have_lower_bounds_only():
 
 @pytest.mark.parametrize("folder", ["libragrad_minimal", "data", "notebooks", "tests"])
 def test_every_import_is_declared(folder):
-    requirements = PROJECT["dependencies"] + EXTRAS["notebooks"] + (EXTRAS["test"] if folder == "tests" else [])
+    requirements = PROJECT["dependencies"] + EXTRAS["notebooks"] + EXTRAS["treated"]
+    requirements += EXTRAS["test"] if folder == "tests" else []
     sources = [path.read_text(encoding="utf-8") for path in (ROOT / folder).glob("**/*.py")]
     for path in (ROOT / folder).glob("*.ipynb"):
         code = [cell.source for cell in nbformat.read(path, as_version=4).cells if cell.cell_type == "code"]
@@ -172,8 +174,19 @@ def test_an_undeclared_import_is_found_out():
     assert undeclared(source, PROJECT["dependencies"] + EXTRAS["notebooks"]) == {"captum"}
 
 
+SNIPPETS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+
+
+def test_the_first_snippet_runs_as_it_stands(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    names: dict = {}
+    exec(SNIPPETS[0], names)
+    assert names["found"].completeness_error < 1e-4 * names["found"].output
+    assert Path("cat.png").stat().st_size > 1000
+
+
 def test_readme_example_runs_and_its_scores_sum_to_the_logit():
-    (example,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    example = SNIPPETS[1]
     config = LlamaConfig(
         vocab_size=50, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4
     )
