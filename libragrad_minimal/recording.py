@@ -321,7 +321,7 @@ class Recording:
         maps = self.attention_maps if MAP_GRADIENTS in reads and self.attention else []
         constants = self.constants if CONSTANTS in reads else []
         if MAPS in reads:
-            _ = self.reading  # needs the graph, too
+            _ = self.reading, self.attention  # which need the graph, too
         _ = self.in_place
         wanted = self.stream if LAYERS in reads else self.stream[:1]
         seconds = [self.second] if self.second is not None else []

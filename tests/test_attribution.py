@@ -26,6 +26,7 @@ from libragrad_minimal.attribution import attribute, attribute_many
 from libragrad_minimal.engine import ALI_LRP, ATTN_LRP, CP_LRP, DECOMPX, LIBRA, PLAIN
 from libragrad_minimal.families import Inputs
 from libragrad_minimal.methods import AVERAGED, METHODS, reads_of
+from libragrad_minimal.models import load_demo
 from libragrad_minimal.recording import MAPS, Request, record
 from libragrad_minimal.scores import Scores
 
@@ -877,3 +878,14 @@ def test_methods_combined_with_integrated_gradients_share_its_forward_passes():
     again = attribute_many(model, PICTURES, 3, {"IG": {"steps": 4}, "IG GenAtt": {"steps": 7}}, PLAIN)
     alone = attribute(model, PICTURES, 3, "IG GenAtt", PLAIN, steps=7)
     torch.testing.assert_close(again["IG GenAtt"].scores, alone.scores)
+
+
+@pytest.mark.parametrize("first", ["IxG", "HiResCAM", "FullGrad+"])
+def test_methods_share_a_pass_in_any_order(first):
+    """The backward pass of the first frees the graph that holds the maps which the second reads."""
+    model = load_demo("vit").model
+    pixels = torch.rand(1, 3, 64, 64)
+    for second in ("AttCAT", "RawAtt", "Attention Rollout"):
+        together = attribute_many(model, pixels, 1, [first, second])
+        for method, result in together.items():
+            torch.testing.assert_close(result.scores, attribute(model, pixels, 1, method).scores)
