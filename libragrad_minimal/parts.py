@@ -24,7 +24,7 @@ from .engine.nodes import Edge, edge_of, operation_name, result_shape
 from .families import name_of, plain
 from .layout import Axes
 from .recording import Recording, Request, find_attention, record, token_place, with_tokens
-from .streams import below, dependents, in_this_thread, removed, separators, stream_argument, topological
+from .streams import below, dependents, find_streams, in_this_thread, removed, separators, stream_argument, topological
 
 SITES = ("attention", "mlp", "residual", "heads", "neurons")
 
@@ -65,6 +65,7 @@ def find_places(request: Request, sites: str) -> Found:
 def searched_places(request: Request, sites: str) -> Found:
     # the math kernel is the one whose softmax shows in the graph
     kernel = sdpa_kernel(SDPBackend.MATH) if sites == "heads" else contextlib.nullcontext()
+    find_streams(request.model, request.inputs, request.blocks)  # may run the model; what is listened to is one run
     with listening(request.model) as calls, kernel:
         run = record(request, copies=True)
     check_positions(run)

@@ -6,6 +6,7 @@ import io
 from html import escape
 
 import matplotlib.pyplot as plt
+import numpy as np
 import pandas as pd
 from IPython.display import HTML, display
 from matplotlib.figure import Figure
@@ -25,8 +26,9 @@ def show(picture: Figure | Image.Image, alt: str) -> None:
     if isinstance(picture, Figure):
         buffer = io.BytesIO()
         picture.savefig(buffer, format="png", dpi=plt.rcParams["figure.dpi"], bbox_inches="tight", facecolor="white")
+        buffer.seek(0)
         plt.close(picture)
-        picture = Image.open(buffer)
+        picture = Image.fromarray((255 * plt.imread(buffer)).round().astype(np.uint8))
     few_colours = picture.convert("RGB").quantize(256, Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE)
     buffer = io.BytesIO()
     few_colours.save(buffer, format="png", optimize=True)

@@ -869,6 +869,7 @@ def test_many_methods_on_one_recording_equal_one_by_one():
 
 def test_methods_combined_with_integrated_gradients_share_its_forward_passes():
     model, passes = tiny_vit(), []
+    attribute(model, PICTURES, 3, "IxG", PLAIN)  # a model is looked round once
     model.register_forward_hook(lambda *_: passes.append(1))
     methods = {"IG": {"steps": 4}} | {f"IG {name}": {"steps": 4} for name in AVERAGED}
     together = attribute_many(model, PICTURES, 3, methods, PLAIN)
