@@ -16,6 +16,11 @@ gallery = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(gallery)
 
 
+# What differs between machines that round differently: noise whose seed comes from a sample's bits, and plain HiResCAM
+# before the last block of a pre-norm ViT, which is rounding and nothing else.
+LAST_BITS = ("Random | ", "HiResCAM | plain | ")
+
+
 def remade(benchmark: str, count: int) -> None:
     load, draw, size, measure = gallery.BENCHMARKS[benchmark]
     stored = gallery.load_gallery(DATA / f"gallery_{benchmark}.npz")
@@ -26,7 +31,7 @@ def remade(benchmark: str, count: int) -> None:
     accurate = [
         np.isclose(values.numpy(), stored[name][:count], rtol=1e-3, atol=1e-3, equal_nan=True).mean()
         for name, values in measured.items()
-        if not name.endswith("completeness error")  # differs by rounding from machine to machine
+        if not name.startswith(LAST_BITS) and not name.endswith("completeness error")
     ]
     # where two scores are nearly equal, another machine may order them the other way round
     assert np.mean(accurate) > 0.97
