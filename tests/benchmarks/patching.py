@@ -2,15 +2,22 @@
 
     python tests/benchmarks/patching.py                              # the demo Llama; a minute on one core
     python tests/benchmarks/patching.py --model ../shared/models/smollm2-135m-instruct --pairs 2
+    python tests/benchmarks/patching.py --model ... --pairs 1 --long --sites heads   # 63 tokens; no naive loop
     python tests/benchmarks/patching.py --quick                      # one pair, seconds: does it still run?
 
 The naive loop is the one that is written on a blackboard: for every layer and position a hook that puts the corrupt
 activation in, and one forward pass. In every pair each runs once, in turns forwards and backwards.
 
-Measured on one thread of a busy machine, torch 2.14, MLPs at all positions:
+Measured on one thread, torch 2.14:
 
-- demo Llama, 4 layers, 25 tokens, medians of 5: naive loop 2.65 s, patching 0.28 s (9.3 x), estimate 0.16 s (16.5 x).
-- SmolLM2-135M, 30 layers, 16 tokens, once: naive loop 299 s, patching 42.8 s (7.0 x), estimate 2.5 s (120 x).
+- demo Llama, 4 layers, 25 tokens, MLPs, medians of 5: naive loop 2.65 s, patching 0.28 s (9.3 x), estimate 0.16 s.
+- SmolLM2-135M, 30 layers, 16 tokens, MLPs, once: naive loop 299 s, patching 42.8 s (7.0 x), estimate 2.5 s (120 x).
+- SmolLM2-135M, 63 tokens, another machine: MLPs, patching 19 and 25 s, estimate 0.75 s (25 and 34 x patching's speed);
+  the naive loop's 1,890 runs at 0.28 s each would take about 520 s (20 and 28 x patching's time, 700 x the estimate's).
+  Heads: patching 268 s, estimate 1.26 s (214 x patching's speed).
+
+What the estimate saves grows with the number of parts: it takes the time of three to five runs of the model, however
+many parts there are; patching takes a share of a run for each.
 """
 
 import argparse
@@ -27,6 +34,10 @@ from libragrad_minimal.circuits import attribution_patching, patching
 from libragrad_minimal.models import load_demo
 
 STORY = "Anna has a red ball. Ben has a {} kite. Carl comes from Peru. What colour is Ben's kite?"
+LONG = (
+    "Anna went to the market early in the morning, bought bread, cheese, apples and a newspaper, met an old friend "
+    "from school, talked for a while about the weather, and walked home along the river before it began to rain. "
+)
 FACT = "When Mary and John went to the store, {} gave a bottle of milk to"
 
 
@@ -51,7 +62,7 @@ def demo() -> Question:
     return question(loaded.model, loaded.tokenizer, STORY, ("blue", "green"), (" blue", " green"))
 
 
-def from_folder(folder: Path) -> Question:
+def from_folder(folder: Path, before: str) -> Question:
     """A language model from a folder that holds a GGUF file, or transformers' own files."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -59,7 +70,7 @@ def from_folder(folder: Path) -> Question:
     options = {"gguf_file": files[0]} if files else {}
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **options).eval().requires_grad_(False)
     tokenizer = AutoTokenizer.from_pretrained(folder, **options)
-    return question(model, tokenizer, FACT, ("John", "Mary"), (" Mary", " John"))
+    return question(model, tokenizer, before + FACT, ("John", "Mary"), (" Mary", " John"))
 
 
 def naive_patching(asked: Question) -> Tensor:
@@ -87,11 +98,11 @@ def naive_patching(asked: Question) -> Tensor:
     return effect
 
 
-def compare(asked: Question, pairs: int) -> dict[str, float]:
-    """Seconds of each, the median of all pairs; their results must agree."""
-    pair = (asked.model, asked.clean, asked.corrupt, asked.metric)
+def compare(asked: Question, pairs: int, sites: str) -> dict[str, float]:
+    """Seconds of each, the median of all pairs; results must agree. The naive loop knows MLPs alone."""
+    pair = (asked.model, asked.clean, asked.corrupt, asked.metric, sites)
     passes = {
-        "naive loop": lambda: naive_patching(asked),
+        **({"naive loop": lambda: naive_patching(asked)} if sites == "mlp" else {}),
         "patching": lambda: patching(*pair).effect,
         "attribution_patching": lambda: attribution_patching(*pair).effect,
     }
@@ -103,7 +114,8 @@ def compare(asked: Question, pairs: int) -> dict[str, float]:
             start = time.perf_counter()
             effects[name] = passes[name]()
             times[name].append(time.perf_counter() - start)
-    torch.testing.assert_close(effects["patching"], effects["naive loop"], atol=1e-3, rtol=1e-3)
+    if "naive loop" in effects:
+        torch.testing.assert_close(effects["patching"], effects["naive loop"], atol=1e-3, rtol=1e-3)
     return {name: statistics.median(several) for name, several in times.items()}
 
 
@@ -111,17 +123,21 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="one pair on the demo Llama, to see that it runs")
     parser.add_argument("--model", type=Path, metavar="FOLDER", help="a real model of Llama's kind")
+    parser.add_argument("--long", action="store_true", help="a story before that model's prompts")
+    parser.add_argument("--sites", choices=["mlp", "attention", "heads"], default="mlp", help="default: mlp")
     parser.add_argument("--pairs", type=int, default=5, help="timed pairs (default: 5)")
     parser.add_argument("--threads", type=int, help="CPU threads (default: PyTorch's own choice)")
     options = parser.parse_args()
     if options.threads:
         torch.set_num_threads(options.threads)
-    asked = from_folder(options.model) if options.model else demo()
+    asked = from_folder(options.model, LONG if options.long else "") if options.model else demo()
     layers, length = len(asked.model.model.layers), asked.clean["input_ids"].shape[1]
     print(f"{torch.get_num_threads()} threads; PyTorch {torch.__version__}; float32; {layers} layers, {length} tokens")
-    seconds = compare(asked, 1 if options.quick else options.pairs)
+    seconds = compare(asked, 1 if options.quick else options.pairs, options.sites)
     for name, used in seconds.items():
-        print(f"{name:22}{used:10.3f} s{seconds['naive loop'] / used:10.1f} x the naive loop's speed")
+        print(f"{name:22}{used:10.3f} s")
+    if "naive loop" in seconds:
+        print(f"patching is {seconds['naive loop'] / seconds['patching']:.1f} x as fast as the naive loop")
     print(f"the estimate is {seconds['patching'] / seconds['attribution_patching']:.1f} x as fast as patching")
 
 
