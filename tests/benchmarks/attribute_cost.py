@@ -9,13 +9,13 @@ backward pass a block, beside torch.autograd.grad, which is given the kernel tha
 tells whether memory grows with the prompt's length or with its square. measuring.py says how times are paired and bytes
 counted.
 
-Measured on one core of a busy machine, torch 2.14, medians of 9 alternating pairs, frozen parameters:
+Measured on two quiet cores, torch 2.14, medians of 9 (ViT: 5) alternating pairs, frozen parameters:
 
-- Llama, 2 layers of width 256, 4,096 tokens, beside libra_grad: FullGrad+ 1.03 (quartiles 1.01 to 1.07), IxG 1.09 (1.00
-  to 1.13) in time; both 1.05 in memory (156.4 MB for 148.6).
-- ViT-B/16, batch 8, two quiet cores, 4 pairs: FullGrad+ 1.03 (1.00 to 1.06), IxG 1.03 (1.00 to 1.07) in time, both 1.02
-  in memory (635 MB for 626), beside libra_grad; LeGrad 0.96 (0.92 to 1.00) beside a plain gradient, 1.32 in memory.
-- Memory of FullGrad+: 39.1 MB for 1,024 tokens, 156.4 MB for 4,096, 625.8 MB for 16,384: 38.2 kB a token in all three.
+- Llama, 2 layers of width 256, 4,096 tokens, beside libra_grad: FullGrad+ 1.05 (quartiles 1.04 to 1.08), IxG 1.07 (1.02
+  to 1.11) in time; both 1.08 in memory (160.6 MB for 148.6).
+- ViT-B/16, batch 8: FullGrad+ 1.04 (1.03 to 1.07), IxG 1.00 (0.99 to 1.00) in time, both 1.02 in memory (635 MB for
+  626), beside libra_grad; LeGrad 1.00 (0.99 to 1.01) beside a plain gradient, 1.32 in memory.
+- Memory of FullGrad+: 40.2 MB for 1,024 tokens, 160.6 MB for 4,096, 642.5 MB for 16,384: 39.2 kB a token in all three.
 """
 
 import argparse

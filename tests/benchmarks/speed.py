@@ -22,8 +22,9 @@ everywhere. Trainable parameters / frozen ones:
 - ViT-B/16, batch 1: 0.919, 0.926, 0.942 / 0.928, 0.928, 0.929; batch 8: 0.893 * / 0.894 *
 - CLIP ViT-L/14: 0.908 * / 0.909 *
 - Llama, 256 tokens: 0.850, 0.851, 0.860 / 0.846 *; 1,024 tokens: 0.826 * / not measured
-- observed(), ViT-B/16 batch 1, the forward pass alone: 1.010, 1.021, 1.031 / 1.025, 1.030, 1.031. Half of it is what
-  PyTorch takes to call any function mode for each of 243 functions; it keeps nothing of its own.
+- observed(), ViT-B/16 batch 1, the forward pass alone: 1.006, 1.014, 1.025 / 0.997, 1.020, 1.045, which is mostly
+  noise: it takes about 2 ms of 265, half of them what PyTorch takes to call any function mode for each of 243
+  functions; it keeps nothing of its own.
 
 What was tried, and what it gave
 --------------------------------
