@@ -46,11 +46,13 @@ def on_page_content(html, page, config, files):
             link["href"] = from_notebook(link["href"])
         for image in soup.find_all("img", src=re.compile(r"^\.\./")):
             image["src"] = f"../{image['src']}"  # a page lies one folder deeper than its notebook
-        for code in soup.find_all("div", class_="highlight-ipynb"):
-            code["tabindex"] = "0"  # so that what is wider than the screen can be scrolled by keys
+    for table in soup.find_all("table", class_=lambda name: not name or "dataframe" in name):
+        table["class"] = "wide"
     for text in soup.find_all(string=FORMULA):
         if not {tag.name for tag in text.parents} & {"code", "pre", "script", "style", "svg"}:
             text.replace_with(BeautifulSoup(with_formulas(str(text)), "html.parser"))
+    for wide in soup.select("pre, div.highlight-ipynb, table.wide, math[display=block]"):
+        wide["tabindex"] = "0"  # what is wider than the screen can be scrolled by keys
     return str(soup)
 
 

@@ -107,9 +107,9 @@ def test_in_a_browser(site, address, browser, width, scheme):
 
 
 @pytest.mark.parametrize("name", ["", "gallery", "notebooks/00_balanced_gradients"])
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_axe_finds_nothing_serious(address, browser, name, scheme):
-    page = browser.new_page(viewport={"width": 1200, "height": 900}, color_scheme=scheme)
+@pytest.mark.parametrize("width, scheme", [(1200, "light"), (390, "dark")])
+def test_axe_finds_nothing_serious(address, browser, name, width, scheme):
+    page = browser.new_page(viewport={"width": width, "height": 900}, color_scheme=scheme)
     page.goto(address + name, wait_until="load")
     found = Axe().run(page).response["violations"]
     serious = [(one["id"], one["nodes"][0]["html"][:200]) for one in found if one["impact"] in ("serious", "critical")]
