@@ -75,7 +75,8 @@ def on_post_page(output, page, config):
 
 def with_formulas(text):
     def mathml(found):
-        return convert(found[1] or found[2], display="block" if found[1] else "inline")
+        formula = (found[1] or found[2]).replace("\\langle", "⟨").replace("\\rangle", "⟩")  # which it doesn't know
+        return convert(formula, display="block" if found[1] else "inline")
 
     pieces, end = [], 0
     for found in FORMULA.finditer(text):
