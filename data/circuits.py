@@ -13,7 +13,6 @@ heads). A run that was stopped goes on where it was.
 
 import argparse
 import json
-import os
 from collections import Counter, defaultdict
 from pathlib import Path
 
@@ -23,7 +22,9 @@ from tqdm import tqdm
 
 from libragrad_minimal import ATTN_LRP, LIBRA, PLAIN
 from libragrad_minimal.circuits import attribution_patching, patching
+from libragrad_minimal.files import whole_file
 from libragrad_minimal.metrics import mean_and_error
+from libragrad_minimal.models import load_pretrained
 
 FOLDER = Path(__file__).parent
 PAIRS = FOLDER / "circuit_pairs.json"
@@ -36,13 +37,8 @@ OF_HEADS = 4  # pairs of each task, since there are nine times as many heads as 
 
 def load(name: str):
     """The model in float32, and its tokenizer."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    files = [path.name for path in Path(name).glob("*.gguf")]
-    options = {"gguf_file": files[0]} if files else {}
-    tokenizer = AutoTokenizer.from_pretrained(name, **options)
-    model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32, **options)
-    return model.eval().requires_grad_(False), tokenizer
+    loaded = load_pretrained("llama", name)
+    return loaded.model.float(), loaded.tokenizer
 
 
 def prompts_of(pair: dict, tokenizer) -> tuple:
@@ -113,9 +109,8 @@ def stored(effect: torch.Tensor) -> np.ndarray:
 
 def save(results: dict[str, np.ndarray]) -> None:
     """All of it or nothing, should the machine stop in between."""
-    half = RESULT.with_suffix(".half.npz")
-    np.savez_compressed(half, **results)
-    os.replace(half, RESULT)
+    with whole_file(RESULT) as unfinished, open(unfinished, "wb") as file:
+        np.savez_compressed(file, **results)
 
 
 def correlations() -> dict[tuple[str, str, str], list[float]]:

@@ -99,11 +99,15 @@ class TokenMatrix:
         known = np.nan_to_num(self.scores[row])
         largest = np.abs(known).max(initial=0) or 1
         cells = "".join(
-            f'<td title="{escape(visible(token))}: {score:+.3g}" style="{colour(strength / largest)}"></td>'
+            f'<td title="{escape(visible(token))}: {told(score)}" style="{colour(strength / largest)}"></td>'
             for token, score, strength in zip(self.columns, self.scores[row], known, strict=True)
         )
         name = escape(visible(self.rows[row]))
         return f'<tr><th scope="row" style="{TOKEN};text-align:right">{name}</th>{cells}</tr>'
+
+
+def told(score: float) -> str:
+    return "not scored" if np.isnan(score) else f"{score:+.3g}"
 
 
 def colour(strength: float) -> str:

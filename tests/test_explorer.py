@@ -120,5 +120,6 @@ def test_a_matrix_names_both_tokens():
     matrix = TokenMatrix([" blue", "."], ["<s>", " red"], [[1.0, -0.5], [float("nan"), 0]], "blue")
     html = matrix._repr_html_()
     assert 'title="&lt;s&gt;: +1"' in html and 'title="·red: -0.5"' in html and "<s>" not in html
+    assert 'title="&lt;s&gt;: not scored"' in html
     with pytest.raises(ValueError, match=r"needs scores \(2, 2\), got shape \(2, 3\)"):
         TokenMatrix([" blue", "."], ["<s>", " red"], np.zeros((2, 3)))

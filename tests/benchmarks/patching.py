@@ -31,7 +31,7 @@ import torch
 from torch import Tensor, nn
 
 from libragrad_minimal.circuits import attribution_patching, patching
-from libragrad_minimal.models import load_demo
+from libragrad_minimal.models import load_demo, load_pretrained
 
 STORY = "Anna has a red ball. Ben has a {} kite. Carl comes from Peru. What colour is Ben's kite?"
 LONG = (
@@ -64,12 +64,8 @@ def demo() -> Question:
 
 def from_folder(folder: Path, before: str) -> Question:
     """A language model from a folder that holds a GGUF file, or transformers' own files."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    files = [path.name for path in folder.glob("*.gguf")]
-    options = {"gguf_file": files[0]} if files else {}
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **options).eval().requires_grad_(False)
-    tokenizer = AutoTokenizer.from_pretrained(folder, **options)
+    loaded = load_pretrained("llama", str(folder))
+    model, tokenizer = loaded.model.float(), loaded.tokenizer
     return question(model, tokenizer, before + FACT, ("John", "Mary"), (" Mary", " John"))
 
 
