@@ -645,6 +645,13 @@ def test_against_the_strongest_others():
     assert (result.completeness_error < 1e-5).all()
     with pytest.raises(ValueError, match=r"1\.\.4"):
         attribute(model, PICTURES, Against(3, others=5))
+    # Against all: its derivative is the log-probability's, by PyTorch's own log_softmax.
+    h0 = model._pos_embed(model.patch_embed(PICTURES)).detach().requires_grad_()
+    log_probability = model.forward_head(model.norm(model.blocks(h0))).log_softmax(-1)[:, 3]
+    (gradient,) = torch.autograd.grad(log_probability.sum(), h0)
+    ahead = attribute(model, PICTURES, Against(3, others=None), "IxG", PLAIN)
+    torch.testing.assert_close(ahead.scores, (h0 * gradient).sum(-1)[:, 1:].detach(), rtol=1e-4, atol=1e-6)
+    assert (attribute(model, PICTURES, Against(3, others=None)).completeness_error < 1e-5).all()
     text = attribute(tiny_llama(), IDS, Against(7, others=3))
     assert (text.completeness_error < 1e-5).all()
 
