@@ -17,7 +17,10 @@ def test_mean_over_the_passes_in_which_a_patch_stood():
     patches = [pictures.unfold(2, 8, 8).unfold(3, 8, 8).flatten(4).abs().sum((1, 4)).flatten(1) for pictures in painted]
     shares = [(seen == 0).float().mean().item() for seen in patches]
     assert sorted({round(16 * share) for share in shares}) == [0, 4, 7, 11, 14]  # of 16 patches: 0, 22.5 ... 90 %
-    one_each = {(seen == 0).float().mean().item(): (pictures, seen != 0) for pictures, seen in zip(painted, patches)}
+    one_each = {
+        (seen == 0).float().mean().item(): (pictures, seen != 0)
+        for pictures, seen in zip(painted, patches, strict=True)
+    }
     total, count = torch.zeros(2, 16), torch.zeros(2, 16)
     for pictures, stood in one_each.values():
         total += attribute(model, pictures, 3).scores * stood
