@@ -12,8 +12,8 @@ import pytest
 import timm
 import torch
 import transformers
+from models import IDS, PICTURES, TEXT, perturbed
 from scipy.stats import pearsonr
-from small_models import IDS, PICTURES, TEXT, perturbed
 from torch import nn
 
 from libragrad_minimal import LIBRA, PLAIN, circuits

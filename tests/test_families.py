@@ -8,7 +8,7 @@ import timm
 import torch
 import transformers
 from measuring import memory
-from small_models import IDS, PICTURES, TEXT, perturbed
+from models import IDS, PICTURES, TEXT, perturbed
 
 from libragrad_minimal import Against, Probability, UnsupportedOperation, attribute, libra_grad
 from libragrad_minimal.attribution import attribute_many

@@ -4,7 +4,7 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
-from small_models import IDS, PICTURES, TEXT, VISION, correlation, perturbed, pixel_relevance
+from models import IDS, PICTURES, TEXT, VISION, correlation, perturbed, pixel_relevance
 from torch import nn
 from transformers import (
     ASTConfig,

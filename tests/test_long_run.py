@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import timm
 import torch
-from small_models import perturbed
+from models import perturbed
 
 from libragrad_minimal import LIBRA, PLAIN, additive_constants, attribute, libra_grad, observed
 from libragrad_minimal.engine import backward

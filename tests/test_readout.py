@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from small_models import IDS, PICTURES, TEXT, VISION, perturbed
+from models import IDS, PICTURES, TEXT, VISION, perturbed
 from torch import nn
 
 from libragrad_minimal import attribute

@@ -4,7 +4,7 @@ import pytest
 import timm
 import torch
 import transformers
-from small_models import IDS, PICTURES, TEXT, VISION, perturbed
+from models import IDS, PICTURES, TEXT, VISION, perturbed
 from torch import nn
 
 from libragrad_minimal import additive_constants, attribute, libra_grad, observed

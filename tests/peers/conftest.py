@@ -3,7 +3,7 @@
 import pytest
 import timm
 import torch
-from small_models import perturbed
+from models import perturbed
 
 
 @pytest.fixture(scope="session")
@@ -17,7 +17,7 @@ def vit():
 @pytest.fixture
 def tokens(vit):
     """(2, 17, 24) the tokens that enter the first block."""
-    from small_models import PICTURES
+    from models import PICTURES
 
     with torch.no_grad():
         return vit._pos_embed(vit.patch_embed(PICTURES)).requires_grad_()
