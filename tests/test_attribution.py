@@ -4,21 +4,15 @@ from dataclasses import replace
 from functools import partial
 
 import numpy as np
-import open_clip
 import pytest
 import timm
 import torch
 import torch.nn.functional as F
+from models import PICTURES, perturbed, tiny_clip, tiny_gpt2, tiny_hf_vit, tiny_llama, tiny_vit
 from torch import nn
 from transformers import (
-    GPT2Config,
-    GPT2LMHeadModel,
     GPTNeoXConfig,
     GPTNeoXForCausalLM,
-    LlamaConfig,
-    LlamaForCausalLM,
-    ViTConfig,
-    ViTForImageClassification,
 )
 
 from libragrad_minimal import Against, Probability, libra_grad
@@ -35,43 +29,6 @@ FEW_STEPS = {name: {"steps": 3} for name in METHODS if name.startswith("IG")}
 FEW_STEPS |= {name: {"samples": 3} for name in METHODS if name.startswith("SmoothGrad")}
 
 
-def perturbed(model: nn.Module) -> nn.Module:
-    """Norms and biases that aren't the neutral ones of a fresh model."""
-    torch.manual_seed(0)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.1 * torch.randn_like(parameter))
-    return model.eval()
-
-
-def tiny_vit(**changes) -> nn.Module:
-    config = dict(img_size=32, patch_size=8, embed_dim=24, num_heads=2, depth=3, num_classes=5) | changes
-    return perturbed(timm.models.VisionTransformer(**config))
-
-
-def tiny_llama() -> nn.Module:
-    config = LlamaConfig(
-        vocab_size=30,
-        hidden_size=16,
-        intermediate_size=24,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-    )
-    return perturbed(LlamaForCausalLM(config))
-
-
-def tiny_gpt2() -> nn.Module:
-    config = GPT2Config(vocab_size=30, n_embd=16, n_layer=2, n_head=2, n_positions=8, bos_token_id=0, eos_token_id=0)
-    return perturbed(GPT2LMHeadModel(config))
-
-
-def tiny_clip() -> nn.Module:
-    vision = dict(image_size=32, patch_size=8, width=32, layers=2, head_width=16)
-    text = dict(context_length=8, vocab_size=30, width=32, heads=2, layers=1)
-    return perturbed(open_clip.model.CLIP(embed_dim=16, vision_cfg=vision, text_cfg=text))
-
-
 def tiny_swin() -> nn.Module:
     config = dict(img_size=64, window_size=4, embed_dim=16, depths=(1, 1, 2), num_heads=(1, 2, 2), num_classes=5)
     return perturbed(timm.models.SwinTransformer(**config))
@@ -81,16 +38,10 @@ def tiny_mixer() -> nn.Module:
     return perturbed(timm.models.MlpMixer(num_classes=5, img_size=32, patch_size=8, embed_dim=24, num_blocks=2))
 
 
-def tiny_hf_vit() -> nn.Module:
-    config = dict(hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=24)
-    return perturbed(ViTForImageClassification(ViTConfig(**config, image_size=32, patch_size=8, num_labels=5)))
-
-
 def tiny_siglip() -> nn.Module:
     return tiny_vit(class_token=False, global_pool="map")
 
 
-PICTURES = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(1))
 IDS = torch.tensor([[1, 5, 9, 2, 8, 4], [3, 3, 7, 20, 29, 0]])
 MODELS = {
     "vit": (tiny_vit, PICTURES, 3, (4, 4)),
@@ -98,7 +49,7 @@ MODELS = {
     "siglip": (tiny_siglip, PICTURES, 3, (4, 4)),
     "mean pooling": (partial(tiny_vit, class_token=False, global_pool="avg"), PICTURES, 3, (4, 4)),
     "hf vit": (tiny_hf_vit, PICTURES, 3, (4, 4)),
-    "clip": (tiny_clip, PICTURES, F.normalize(torch.arange(16.0), dim=0), (4, 4)),
+    "clip": (tiny_clip, PICTURES, F.normalize(torch.arange(24.0), dim=0), (4, 4)),
     "swin": (tiny_swin, PICTURES.repeat(1, 1, 2, 2), 3, (16, 16)),
     "mixer": (tiny_mixer, PICTURES, 3, (4, 4)),
     "llama": (tiny_llama, IDS, 7, None),
@@ -218,7 +169,7 @@ def test_targets_are_linear():
 
 
 def test_clip_explains_the_similarity():
-    model, text = tiny_clip(), F.normalize(torch.arange(16.0), dim=0)
+    model, text = tiny_clip(), F.normalize(torch.arange(24.0), dim=0)
     result = attribute(model, PICTURES, text)
     torch.testing.assert_close(result.output, (F.normalize(model.encode_image(PICTURES), dim=-1) @ text).detach())
 
@@ -653,7 +604,7 @@ def test_against_the_strongest_others():
 
 
 def test_tokens_before_the_first_norm_of_clip():
-    model, text = tiny_clip(), F.normalize(torch.arange(16.0), dim=0)
+    model, text = tiny_clip(), F.normalize(torch.arange(24.0), dim=0)
     before = []
     with model.visual.ln_pre.register_forward_pre_hook(lambda module, args: before.append(args[0].detach())):
         model.encode_image(PICTURES)

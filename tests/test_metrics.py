@@ -3,14 +3,13 @@
 from functools import partial
 
 import numpy as np
-import open_clip
 import pytest
 import timm
 import torch
 import transformers
+from models import tiny_clip, tiny_hf_vit, tiny_llama, tiny_vit
 from sklearn.metrics import average_precision_score
 from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from libragrad_minimal import metrics
 from libragrad_minimal.dropping import drop_tokens, dropping
@@ -98,13 +97,6 @@ def test_grid_pointing_game_refuses_what_it_cannot_cut():
 
 
 # --- deletion ---------------------------------------------------------------------------------------------------------
-
-
-def tiny_vit(classes=5):
-    torch.manual_seed(1)
-    return timm.create_model(
-        "vit_tiny_patch16_224", img_size=32, patch_size=8, embed_dim=24, num_heads=2, depth=2, num_classes=classes
-    ).eval()
 
 
 def naive_deletion(model_fn, x, scores, descending, fractions, target, take_away):
@@ -202,15 +194,6 @@ def test_deletion_follows_another_target():
         torch.testing.assert_close(result.mif.logit[:, 0], model(images).gather(1, target[:, None])[:, 0])
 
 
-def tiny_llama():
-    torch.manual_seed(2)
-    config = LlamaConfig(
-        vocab_size=30, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2,
-        num_key_value_heads=1, initializer_range=0.5,
-    )  # fmt: skip
-    return LlamaForCausalLM(config).eval()
-
-
 @pytest.mark.parametrize("how", ["replace", "mask", "remove"])
 def test_text_deletion_equals_a_naive_loop(how):
     model, ids = tiny_llama(), torch.randint(3, 30, (2, 7))
@@ -288,11 +271,6 @@ def test_dropping_tokens_equals_a_naive_loop():
             torch.testing.assert_close(result.summary()[name][i], value)
 
 
-def hf_vit():
-    config = dict(hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=24)
-    return transformers.ViTForImageClassification(transformers.ViTConfig(**config, image_size=32, patch_size=8)).eval()
-
-
 CAPTIONS = torch.tensor([[5, 6, 1], [7, 8, 1]])
 
 
@@ -303,18 +281,12 @@ def hf_clip():
     return transformers.CLIPModel(config).eval()
 
 
-def open_clip_pair():
-    vision = dict(image_size=32, patch_size=8, width=32, layers=2, head_width=16)
-    text = dict(context_length=8, vocab_size=30, width=32, heads=2, layers=1)
-    return open_clip.model.CLIP(embed_dim=16, vision_cfg=vision, text_cfg=text).eval()
-
-
 @pytest.mark.parametrize(
     "build, tower, answer",
     [
-        (hf_vit, lambda model: model, lambda model, x: model(x).logits),
+        (tiny_hf_vit, lambda model: model, lambda model, x: model(x).logits),
         (hf_clip, lambda model: model.vision_model, lambda model, x: model(CAPTIONS, x).logits_per_image),
-        (open_clip_pair, lambda model: model, lambda model, x: model.encode_image(x)),
+        (tiny_clip, lambda model: model, lambda model, x: model.encode_image(x)),
     ],
     ids=["transformers ViT", "transformers CLIP", "open_clip"],
 )
