@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
+from models import Transformer, Twice
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -25,42 +26,12 @@ from libragrad_minimal import (
     record_residuals,
     register_rule,
 )
-from libragrad_minimal.engine import backward, nodes, operations
-
-
-class Block(nn.Module):
-    """A pre-norm Transformer block with everything that needs a rule."""
-
-    def __init__(self, width=8):
-        super().__init__()
-        self.norm1, self.norm2 = nn.LayerNorm(width), nn.RMSNorm(width)
-        self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
-        self.up, self.gate, self.down = (nn.Linear(width, width) for _ in range(3))
-
-    def forward(self, x):
-        q, k, v = self.qkv(self.norm1(x)).chunk(3, -1)
-        x = x + self.out(F.scaled_dot_product_attention(q, k, v))
-        h = self.norm2(x)
-        return x + self.down(F.silu(self.gate(h)) * F.gelu(self.up(h)))
-
-
-class Model(nn.Module):
-    def __init__(self, depth=2, width=8):
-        super().__init__()
-        self.position = nn.Parameter(torch.randn(5, width))
-        self.blocks = nn.ModuleList(Block(width) for _ in range(depth))
-        self.head = nn.Linear(width, 3)
-
-    def forward(self, x, run=lambda block, x: block(x)):
-        x = x + self.position
-        for block in self.blocks:
-            x = run(block, x)
-        return self.head(x.mean(1))
+from libragrad_minimal.engine import backward, operations
 
 
 @pytest.fixture
 def model():
-    return Model().double().eval()
+    return Transformer().double().eval()
 
 
 @pytest.fixture
@@ -134,10 +105,6 @@ def test_weights_receive_the_plain_rule_of_their_layer(model, x):
 
 
 # ---- nothing is left behind ------------------------------------------------------------------------------------------
-
-
-def hooks_on_graph(output):
-    return sum(len(node.metadata) for node in nodes.topological([output.grad_fn]))
 
 
 def plain(output, x):
@@ -271,16 +238,6 @@ def test_half_precision_slope_at_tiny_arguments():
 
 
 # ---- refusals and bad input ------------------------------------------------------------------------------------------
-
-
-class Twice(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x):
-        return 2 * x
-
-    @staticmethod
-    def backward(ctx, g):
-        return 2 * g
 
 
 REFUSED = {
@@ -758,30 +715,20 @@ def test_register_rule_checks_its_options(options, message):
         register_rule("Own", "product", **options)
 
 
-class Own(torch.autograd.Function):
-    @staticmethod
-    def forward(context, x):
-        return 2 * x
-
-    @staticmethod
-    def backward(context, gradient):
-        return 2 * gradient
-
-
 @pytest.mark.parametrize(
     "rule, message",
     [
-        (dict(role="product", factors=(5, 9)), "told of operand 9 of Own, which has 1"),
+        (dict(role="product", factors=(5, 9)), "told of operand 9 of Twice, which has 1"),
         (dict(role="linear", backward=lambda node, mine, given: None), "must return a tuple of gradients"),
         (dict(role="linear", backward=lambda node, mine, given: (given[0].sum(),)), r"of the shapes \(\(2, 3\),\)"),
     ],
 )
 def test_a_rule_that_does_not_fit_is_found_when_it_is_used(rule, message, monkeypatch):
     monkeypatch.setattr(operations, "TAUGHT", {})
-    register_rule("Own", **rule)
+    register_rule("Twice", **rule)
     x = torch.randn(2, 3, requires_grad=True)
     with pytest.raises(ValueError, match=message):
-        libra_grad(Own.apply(x).sum(1), x)
+        libra_grad(Twice.apply(x).sum(1), x)
 
 
 def test_a_constant_operand_of_a_function_that_was_taught_has_a_row(monkeypatch):

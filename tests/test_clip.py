@@ -10,13 +10,15 @@ import open_clip
 import pytest
 import torch
 import torch.nn.functional as F
+from completeness import relative_error
+from models import CLIP, CLIP_TEXT, perturbed, tiny_clip
 from notebook_functions import NOTEBOOKS, functions_of
 from open_clip.transformer import QuickGELU
 from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from libragrad_minimal import LIBRA, PLAIN, additive_constants, audit, libra_grad
+from libragrad_minimal import PLAIN, audit, libra_grad
 from libragrad_minimal.attribution import attribute
 from libragrad_minimal.checkpoints import read_checkpoint
 from libragrad_minimal.models import DATA, LoadedModel, _describe_clip, load_demo, load_pretrained
@@ -24,27 +26,6 @@ from libragrad_minimal.prompts import attribute_prompts, encode_prompts, tokeniz
 from libragrad_minimal.scenes import CLASSES, COLOURS, Scene, caption, draw_scene
 
 NOTEBOOK = NOTEBOOKS / "02_clip_text_prompted_regions.ipynb"
-TINY_TEXT = {"context_length": 8, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 2}
-TINY = {
-    "embed_dim": 24,
-    "vision_cfg": {"image_size": 32, "patch_size": 8, "width": 32, "layers": 2, "head_width": 16},
-    "text_cfg": TINY_TEXT,
-}
-
-
-def perturbed(model: nn.Module) -> nn.Module:
-    """In eval mode, with biases and norms as a trained model has them: not at 0 and 1."""
-    for name, parameter in model.named_parameters():
-        if parameter.ndim <= 1 and "logit" not in name:
-            parameter.data += 0.2 * torch.randn_like(parameter)
-    return model.eval()
-
-
-def relative_error(f: Tensor, x: Tensor, rules=LIBRA) -> float:
-    """How far <input, gradient> plus the additive constants' share is from f."""
-    parts = [x, *additive_constants(f, x)]
-    total = sum((p * g).sum() for p, g in zip(parts, libra_grad(f, parts, rules, retain_graph=True), strict=True))
-    return (abs(total - f) / abs(f)).item()
 
 
 def cosine_with_a_prompt(features: Tensor) -> Tensor:
@@ -62,7 +43,7 @@ def image_tower(name: str) -> open_clip.CustomTextCLIP:
     vision = config["vision_cfg"]
     vision |= {"layers": 2} if "layers" in vision else {}
     quick = config.get("quick_gelu", False)
-    model = open_clip.CustomTextCLIP(config["embed_dim"], vision, TINY_TEXT, quick_gelu=quick)
+    model = open_clip.CustomTextCLIP(config["embed_dim"], vision, CLIP_TEXT, quick_gelu=quick)
     if "timm_model_name" in vision:
         model.visual.trunk.blocks = model.visual.trunk.blocks[:2]
     return perturbed(model)
@@ -95,7 +76,7 @@ def test_prompts_on_towers_of_timm(name):
 
 @pytest.mark.parametrize("quick_gelu", [False, True])
 def test_text_towers_are_complete(quick_gelu):
-    model = perturbed(open_clip.CLIP(**TINY, quick_gelu=quick_gelu))
+    model = tiny_clip(quick_gelu=quick_gelu)
     words = []
     model.token_embedding.register_forward_hook(lambda layer, ids, vectors: words.append(vectors))
     f = cosine_with_a_prompt(model.encode_text(open_clip.tokenize(["a red heart"], 8)))
@@ -134,7 +115,7 @@ def test_transformers_models_are_complete(build):
 @pytest.fixture(scope="module")
 def tiny() -> LoadedModel:
     torch.manual_seed(1)
-    model = perturbed(open_clip.CLIP(**TINY))
+    model = tiny_clip()
     blocks = list(model.visual.transformer.resblocks)
     tokenizer = open_clip.SimpleTokenizer(context_length=8)
     return LoadedModel("clip", "tiny", model, blocks, tokenizer=tokenizer, prefix_tokens=1, grid=(4, 4))
@@ -216,14 +197,14 @@ def test_one_word_too_long_for_the_model(tiny):
 
 def saved_model(folder: Path) -> tuple[nn.Module, dict]:
     torch.manual_seed(3)
-    model = perturbed(open_clip.CLIP(**TINY))
+    model = tiny_clip()
     return model, {name: weight.contiguous() for name, weight in model.state_dict().items()}
 
 
 @pytest.fixture
 def known(tmp_path, monkeypatch) -> str:
     """A small architecture that open_clip knows by name, as it knows ViT-B-16."""
-    monkeypatch.setitem(open_clip.factory._MODEL_CONFIGS, "Tiny-8", TINY)
+    monkeypatch.setitem(open_clip.factory._MODEL_CONFIGS, "Tiny-8", CLIP)
     return "Tiny-8"
 
 
@@ -252,7 +233,7 @@ def test_a_file_in_open_clips_own_format(known, tmp_path, suffix):
 def write_repository(folder: Path, weights: dict) -> None:
     folder.mkdir(parents=True)
     preprocessing = {"mean": [0.5] * 3, "std": [0.5] * 3}
-    (folder / "open_clip_config.json").write_text(json.dumps({"model_cfg": TINY, "preprocess_cfg": preprocessing}))
+    (folder / "open_clip_config.json").write_text(json.dumps({"model_cfg": CLIP, "preprocess_cfg": preprocessing}))
     save_file(weights, folder / "open_clip_model.safetensors")
 
 
@@ -469,7 +450,7 @@ def test_repair_of_attention_against_a_loop(notebook, masked):
 @needs_notebook
 @pytest.mark.parametrize("quick_gelu", [False, True])
 def test_the_notebooks_bills_add_up_and_equal_libra_grad(notebook, quick_gelu):
-    model = perturbed(open_clip.CLIP(**TINY, quick_gelu=quick_gelu))
+    model = tiny_clip(quick_gelu=quick_gelu)
     vision, text = list(model.visual.modules()), [*model.transformer.modules(), model.ln_final]
     towers = {
         "picture": (

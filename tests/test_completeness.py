@@ -8,11 +8,13 @@ import pytest
 import timm
 import torch
 import transformers
+from completeness import relative_error
+from models import LLAMA, TEXT, VIT, perturbed
 from torch.overrides import TorchFunctionMode
 
-from libragrad_minimal import LIBRA, PLAIN, additive_constants, audit, libra_grad
+from libragrad_minimal import PLAIN, audit, libra_grad
 
-SMALL_VIT = dict(img_size=32, patch_size=8, embed_dim=24, depth=2, num_heads=2, num_classes=5)
+SMALL_VIT = VIT | dict(depth=2)
 TIMM = {
     "vit_tiny_patch16_224": SMALL_VIT,
     "deit3_small_patch16_224": SMALL_VIT,
@@ -38,29 +40,21 @@ TIMM = {
 }
 WHOLE = ("efficientformer_l1", "mvitv2_tiny", "maxvit_tiny_tf_224", "gcvit_xxtiny")  # no small configuration: full size
 
-SMALL_DECODER = dict(
-    hidden_size=32,
-    intermediate_size=48,
-    num_hidden_layers=2,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    vocab_size=64,
-)
 SPECIAL_TOKENS = dict(max_position_embeddings=64, pad_token_id=0, bos_token_id=1, eos_token_id=2)
 DECODERS = {
-    "Llama": SMALL_DECODER,
-    "Qwen2": SMALL_DECODER,
-    "Qwen3": SMALL_DECODER | dict(head_dim=8),
-    "Mistral": SMALL_DECODER,
-    "Mixtral": SMALL_DECODER | dict(num_local_experts=4),
-    "Gemma2": SMALL_DECODER | dict(head_dim=8),
-    "Gemma3Text": SMALL_DECODER | dict(head_dim=8),
-    "Phi3": SMALL_DECODER,
-    "Olmo2": SMALL_DECODER,
-    "Cohere": SMALL_DECODER,
-    "GPT2": dict(n_embd=32, n_layer=2, n_head=4, vocab_size=64, n_positions=64),
-    "GPTNeoX": dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, vocab_size=64),
-    "Bloom": dict(hidden_size=32, n_layer=2, n_head=4, vocab_size=64),
+    "Llama": LLAMA,
+    "Qwen2": LLAMA,
+    "Qwen3": LLAMA | dict(head_dim=8),
+    "Mistral": LLAMA,
+    "Mixtral": LLAMA | dict(num_local_experts=4),
+    "Gemma2": LLAMA | dict(head_dim=8),
+    "Gemma3Text": LLAMA | dict(head_dim=8),
+    "Phi3": LLAMA,
+    "Olmo2": LLAMA,
+    "Cohere": LLAMA,
+    "GPT2": dict(n_embd=32, n_layer=2, n_head=4, vocab_size=200, n_positions=64),
+    "GPTNeoX": TEXT,
+    "Bloom": dict(hidden_size=32, n_layer=2, n_head=4, vocab_size=200),
 }
 FUSED_TOO = [name for name in DECODERS if name not in ("Gemma2", "Bloom")]  # transformers offers no sdpa for these
 
@@ -76,29 +70,12 @@ class Float64(TorchFunctionMode):
         return function(*args, **kwargs)
 
 
-def shaken(model, dtype, seed=0):
-    """Random norms and biases: fresh models have ones and zeros there, which would hide mistakes."""
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            scale = 0.2 if parameter.dim() <= 1 else 0.05
-            parameter.add_(scale * torch.randn(parameter.shape, generator=generator))
-    return model.eval().to(dtype)
-
-
-def relative_error(output, x, rules=LIBRA):
-    parts = (x, *additive_constants(output, x))
-    gradients = libra_grad(output, parts, rules, retain_graph=True)
-    total = sum((part * gradient).double().sum() for part, gradient in zip(parts, gradients, strict=True))
-    return abs(total - output.double().sum()).item() / output.double().abs().sum().item()
-
-
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-9), (torch.float32, 1e-5)], ids=["fp64", "fp32"])
 @pytest.mark.parametrize("name", TIMM)
 def test_timm(name, dtype, tolerance):
     if name in WHOLE and dtype == torch.float32:
         pytest.skip("full-size model: once, in float64, is enough")
-    model = shaken(timm.create_model(name, **TIMM[name]), dtype)
+    model = perturbed(timm.create_model(name, **TIMM[name]), 0.05).to(dtype)
     size = TIMM[name].get("img_size", 224 if name in WHOLE else 64)
     images = torch.randn(1 if name in WHOLE else 2, 3, size, size, dtype=dtype, requires_grad=True)
     before = model(images)
@@ -114,7 +91,7 @@ def test_transformers(name, attention):
         pytest.skip(f"transformers has no sdpa for {name}")
     transformers.logging.set_verbosity_error()
     config = getattr(transformers, f"{name}Config")(**DECODERS[name], **SPECIAL_TOKENS)
-    model = shaken(transformers.AutoModelForCausalLM.from_config(config, attn_implementation=attention), torch.float32)
+    model = perturbed(transformers.AutoModelForCausalLM.from_config(config, attn_implementation=attention), 0.05)
     tokens = torch.randint(3, 64, (2, 7))
     embeddings = model.get_input_embeddings()(tokens).detach().requires_grad_()
     before = model(inputs_embeds=embeddings).logits
@@ -131,8 +108,8 @@ def test_transformers(name, attention):
 
 def test_padding_gets_exactly_zero():
     """Attention masks: a padded position gets no gradient at all, and the others what they get alone."""
-    config = transformers.LlamaConfig(**SMALL_DECODER, **SPECIAL_TOKENS)
-    model = shaken(transformers.LlamaForCausalLM(config), torch.float64)
+    config = transformers.LlamaConfig(**LLAMA, **SPECIAL_TOKENS)
+    model = perturbed(transformers.LlamaForCausalLM(config), 0.05).double()
     tokens = torch.randint(3, 64, (1, 6))
     padded = torch.cat([torch.zeros(1, 3, dtype=torch.long), tokens], 1)
     mask = torch.cat([torch.zeros(1, 3, dtype=torch.long), torch.ones(1, 6, dtype=torch.long)], 1)
