@@ -7,7 +7,7 @@ import transformers
 from completeness import assert_complete
 from torch import nn
 
-from libragrad_minimal import audit
+from libragrad_minimal import additive_constants, audit, libra_grad
 
 
 def parameter(*shape, seed):
@@ -70,3 +70,11 @@ def test_constants_without_a_gradient_are_listed_in_the_audit():
     x = torch.randn(2, 6, dtype=torch.float64, requires_grad=True)
     assert "adds a constant without a gradient" in str(audit((norm(x) + 1).sum(1), x))
     assert "adds a constant" not in str(audit((x @ P + B).sum(1), x))
+
+
+def test_additive_constants_of_a_freed_graph(model, x):
+    output = model(x)[:, 0]
+    libra_grad(output, x)
+    parts = (x, *additive_constants(output, x))  # what is added is known without what was saved
+    with pytest.raises(RuntimeError, match="has been freed.*retain_graph=True"):
+        libra_grad(output, parts)
