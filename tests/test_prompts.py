@@ -4,7 +4,7 @@ import random
 import warnings
 
 import pytest
-from test_plots_strips import Reader
+from test_plots import Reader
 
 from libragrad_minimal import attribute
 from libragrad_minimal.models import load_demo, token_texts
