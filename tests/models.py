@@ -54,6 +54,18 @@ def tiny_clip(**changes) -> nn.Module:
     return perturbed(open_clip.CLIP(**CLIP | changes))
 
 
+def image_tower(name: str) -> open_clip.CustomTextCLIP:
+    """open_clip's model of this name with its first two blocks and a text tower that hardly exists."""
+    config = open_clip.get_model_config(name)
+    vision = config["vision_cfg"]
+    vision |= {"layers": 2} if "layers" in vision else {}
+    quick = config.get("quick_gelu", False)
+    model = open_clip.CustomTextCLIP(config["embed_dim"], vision, CLIP_TEXT, quick_gelu=quick)
+    if "timm_model_name" in vision:
+        model.visual.trunk.blocks = model.visual.trunk.blocks[:2]
+    return perturbed(model)
+
+
 def tiny_llama(**changes) -> nn.Module:
     return perturbed(LlamaForCausalLM(LlamaConfig(**LLAMA | changes)))
 

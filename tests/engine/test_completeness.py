@@ -4,12 +4,15 @@
 not notice.
 """
 
+import open_clip
 import pytest
 import timm
 import torch
+import torch.nn.functional as F
 import transformers
 from completeness import relative_error
-from models import LLAMA, TEXT, VIT, perturbed
+from models import LLAMA, TEXT, VIT, image_tower, perturbed, tiny_clip
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from libragrad_minimal import PLAIN, audit, libra_grad
@@ -121,6 +124,65 @@ def test_padding_gets_exactly_zero():
     expected, gradient = libra_grad(output, alone)[0], libra_grad(with_padding, together)[0]
     assert (gradient[:, :3] == 0).all()
     torch.testing.assert_close(gradient[:, 3:], expected, rtol=1e-5, atol=1e-7)
+
+
+# ---- towers of CLIP --------------------------------------------------------------------------------------------------
+
+
+def cosine_with_a_prompt(features: Tensor) -> Tensor:
+    """With a vector at about 45 degrees: a cosine near 0 would make any relative error large."""
+    other = F.normalize(features.detach(), dim=-1) + F.normalize(torch.randn_like(features), dim=-1)
+    return (F.normalize(features, dim=-1) * F.normalize(other, dim=-1)).sum()
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["ViT-B-16", "ViT-B-16-quickgelu", "ViT-L-14", "ViT-B-16-SigLIP", "EVA02-B-16", "coca_ViT-B-32"],
+)
+def test_image_towers_are_complete(name):
+    model = image_tower(name)
+    size = model.visual.image_size
+    image = torch.randn(1, 3, *(size if isinstance(size, tuple) else (size, size)), requires_grad=True)
+    features = model.encode_image(image)
+    f = cosine_with_a_prompt(features[0] if isinstance(features, tuple) else features)
+    assert audit(f, image).complete
+    assert relative_error(f, image) <= 1e-4
+    assert relative_error(f, image, PLAIN) > 1e-2  # so the test can fail
+
+
+@pytest.mark.parametrize("quick_gelu", [False, True])
+def test_text_towers_are_complete(quick_gelu):
+    model = tiny_clip(quick_gelu=quick_gelu)
+    words = []
+    model.token_embedding.register_forward_hook(lambda layer, ids, vectors: words.append(vectors))
+    f = cosine_with_a_prompt(model.encode_text(open_clip.tokenize(["a red heart"], 8)))
+    assert relative_error(f, words[0]) <= 1e-4
+
+
+def transformers_clip() -> nn.Module:
+    from transformers import CLIPConfig, CLIPModel
+
+    small = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+    vision = {**small, "image_size": 32, "patch_size": 8}
+    return CLIPModel(CLIPConfig(text_config=small, vision_config=vision, projection_dim=24))
+
+
+def transformers_siglip() -> nn.Module:
+    from transformers import SiglipConfig, SiglipModel
+
+    small = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+    vision = {**small, "image_size": 32, "patch_size": 8}
+    text = {**small, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+    return SiglipModel(SiglipConfig(text_config=text, vision_config=vision))
+
+
+@pytest.mark.parametrize("build", [transformers_clip, transformers_siglip])
+def test_transformers_models_are_complete(build):
+    model = perturbed(build())
+    image = torch.randn(1, 3, 32, 32, requires_grad=True)
+    ids = torch.tensor([[5, 6, 7, model.config.text_config.eos_token_id]])
+    f = model(input_ids=ids, pixel_values=image).logits_per_image[0, 0]
+    assert relative_error(f, image) <= 1e-4
 
 
 # ---- the real models beside a developer's checkout -------------------------------------------------------------------
