@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from test_attribution import tiny_llama, tiny_vit
+from models import tiny_llama, tiny_vit
 
 from libragrad_minimal.attribution import attribute
 
