@@ -12,7 +12,6 @@ import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -26,6 +25,7 @@ from .engine.nodes import OPERANDS, noted, operation_name
 from .families import Inputs, attention_heads, call, name_of
 from .layout import SURE, Axes, Layout, check_samples, coarsening, first_tokens, layer_axes, layout_of
 from .readout import chosen_rows, explained, kept_rows, rows_of_answer
+from .room import free_memory
 from .streams import (
     Streams,
     candidates,
@@ -751,13 +751,3 @@ def check_memory(model: nn.Module, tokens: Tensor, blocks: int) -> None:
             f"a method that reads attention maps needs {needed / 1e9:.1f} GB for {blocks} blocks of {length} x "
             f"{length} tokens, and {free / 1e9:.1f} GB are free; use FullGrad+ or IxG, which need no maps"
         )
-
-
-def free_memory(device: torch.device) -> int | None:
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-    except OSError:
-        return None
-    return next((1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable")), None)
