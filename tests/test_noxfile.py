@@ -1,13 +1,18 @@
 """The three sets of packages are those that CI and the workflows ask for."""
 
 import re
+import sys
 from pathlib import Path
 
-import nox
 import yaml
 
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
 ROOT = Path(__file__).resolve().parents[1]
-PROJECT = nox.project.load_toml(ROOT / "pyproject.toml")["project"]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 WORKFLOWS = ROOT / ".github" / "workflows"
 
 
