@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from .added_constants import precise
 from .engine import LIBRA, Rules
 from .engine.checks import explained_errors
+from .engine.nodes import without_autocast
 from .families import Inputs, check_inputs, explains_picture_for_texts, name_of
 from .methods import METHODS, check_method, default_rules, reads_of
 from .readout import check_target, checked_readout
@@ -93,6 +94,7 @@ def attribute(
     return attribute_many(model, inputs, target, methods, rules, blocks=blocks, start=start, readout=readout)[method]
 
 
+@torch._disable_dynamo  # within a function that is compiled it runs as it is
 def attribute_many(
     model: nn.Module,
     inputs: Tensor | Mapping[str, Any],
@@ -137,14 +139,14 @@ def attribute_many(
 
 def attribution(run: Recording, name: str, options: Mapping[str, Any]) -> Attribution:
     """One method's result, as users see it."""
-    with torch.enable_grad(), explained_errors():
+    with torch.enable_grad(), without_autocast(run.output.device.type), explained_errors():
         result = METHODS[name](run, **options)
     output, layout = run.output.detach(), run.layout
     total = torch.full_like(output, torch.nan) if result.total is None else result.total.detach()
     error = (precise(output) - total).abs()
     promised = result.promised and complete(run.rules)
     if promised:
-        warn_if_incomplete(name, error, output, result.tokens)
+        warn_if_incomplete(name, error, output, result.tokens, run.rounding)
     scores = layout.pick(result.tokens.detach() * run.valid)
     second = None
     if run.second is not None and not reads_of(name) & {MAPS}:
@@ -171,11 +173,11 @@ def complete(rules: Rules) -> bool:
     return rules.attention is True and rules.activation and rules.norm and bool(rules.product)
 
 
-def warn_if_incomplete(name: str, error: Tensor, output: Tensor, scores: Tensor) -> None:
+def warn_if_incomplete(name: str, error: Tensor, output: Tensor, scores: Tensor, rounding: float) -> None:
     """Scores that cancel leave rounding errors beside an output near zero; those aren't meant."""
     extent = torch.maximum(precise(output).abs(), 0.01 * scores.detach().flatten(1).abs().sum(1))
     off = error / extent.clamp(min=1e-30)
-    if (off > max(WARNED, 10 * torch.finfo(output.dtype).eps)).any():
+    if (off > max(WARNED, 10 * rounding)).any():
         worst = int(off.argmax())
         warnings.warn(
             f"{name} is not complete: the attributions of sample {worst} miss its output {float(output[worst]):.4g} by "

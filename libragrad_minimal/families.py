@@ -301,6 +301,7 @@ def check_inputs(model: nn.Module, given: Any) -> None:
             "of the model's keyword arguments, as a tokenizer or processor returns"
         )
     inputs = Inputs(given)
+    check_numbers(model, inputs)
     for argument, tensor in inputs.tensors.items():
         label = f"{argument} of the input" if argument else "the input"
         if tensor.numel() == 0:
@@ -336,6 +337,23 @@ def check_inputs(model: nn.Module, given: Any) -> None:
         raise ValueError(
             f"the text holds token id {int(text.max())}, and {name} knows {known}: is it another tokenizer's?"
         )
+
+
+def check_numbers(model: nn.Module, inputs: Inputs) -> None:
+    """Tensors must hold numbers that autograd can follow."""
+    if torch._C._functorch.peek_interpreter_stack() is not None:
+        raise ValueError("inside a transform of torch.func no graph can be read: call attribute from outside of it")
+    if any(parameter.is_inference() for parameter in model.parameters()):
+        raise ValueError(
+            f"the parameters of {name_of(model)} were made inside torch.inference_mode(), so that no gradient can flow "
+            "through them: make or load the model outside of it"
+        )
+    held = {f"{name or 'the input'}": tensor for name, tensor in inputs.tensors.items()}
+    if not any(hasattr(module, "_hf_hook") for module in plain(model).modules()):  # accelerate loads them when they run
+        held |= dict(plain(model).named_parameters())
+    empty = [name for name, tensor in held.items() if tensor.is_meta]
+    if empty:
+        raise ValueError(f"{empty[0]} is on the meta device, which holds no numbers: give it some, or load its weights")
 
 
 def acts_in_training(module: nn.Module) -> bool:

@@ -11,7 +11,7 @@ import math
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property, partial
+from functools import cached_property, partial, reduce
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import Node, get_gradient_edge
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._pytree import tree_map_only
 
 from .added_constants import Constant, ConstantShare, catch_shares, catch_tokens_first, constants_of, precise
 from .engine import LIBRA, Rules, libra_grad, observed
@@ -139,6 +140,7 @@ class Recording:
     blocks: tuple[nn.Module, ...]
     rerun: Callable[..., Recording]  # rerun(changed=...): as in `record`
     again: Callable[[], Recording]  # the same once more
+    answer: Callable[..., Tensor]  # as `answered`
     # means over changed tokens, by what was changed; a recording of another target, made by `replace`, has its own
     averages: dict[Any, Gradients] = field(default_factory=dict, init=False)
 
@@ -158,6 +160,18 @@ class Recording:
                 f"this recording holds no {' and no '.join(sorted(missing))}: say that your method reads them, with "
                 "the decorator @reads(...) of libragrad_minimal.scores"
             )
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """In which scores are computed: that of the most precise tokens, single precision at least."""
+        return reduce(torch.promote_types, (h.dtype for h in self.stream), torch.float32)
+
+    @cached_property
+    def rounding(self) -> float:
+        """The relative precision of the least precise numbers on the way, 2^-7 where something is in bfloat16."""
+        nodes = topological([get_gradient_edge(self.output).node])
+        dtypes = {result.dtype for node in nodes for result in node._input_metadata}
+        return max(torch.finfo(dtype).eps for dtype in dtypes if dtype.is_floating_point)
 
     @cached_property
     def whole(self) -> list[bool]:
@@ -295,7 +309,7 @@ class Recording:
                 f"attention maps of shape {tuple(maps.shape)} don't tie {tokens} tokens to each other (windows, "
                 "pooled tokens); use a method without, such as FullGrad+ or IxG"
             )
-        return precise(maps.reshape(samples, -1, tokens, tokens))
+        return maps.reshape(samples, -1, tokens, tokens).to(self.dtype)
 
     @cached_property
     def after_attention(self) -> list[Tensor | None]:
@@ -380,7 +394,7 @@ class Recording:
         request = self.request
         results = [*self.returned[:-1], with_tokens(self.returned[-1], tokens)]
         with standing_in(self.blocks, results):
-            return answered(request, self.rules.residual)
+            return self.answer(request, self.rules.residual)
 
     @property
     def second_axes(self) -> Axes:
@@ -417,7 +431,7 @@ class Recording:
         used = (self.axes[-1].arrange(gradient) != 0).any(-1)
         if used.shape != self.valid.shape:
             used = self.valid
-        return used.float() / used.sum(1, keepdim=True).clamp(min=1)
+        return used.to(self.dtype) / used.sum(1, keepdim=True).clamp(min=1)
 
 
 def on_tokens(axes: Axes, chosen: Tensor, like: Tensor) -> Tensor:
@@ -495,6 +509,19 @@ def answered(request: Request, residuals: bool) -> Tensor:
             return explained(model, answer, request.target, request.readout, rows, inputs.samples)
 
 
+def in_this_autocast(run: Callable, device: str) -> Callable:
+    """The function as if it were called here: methods work without autocast, the model under the user's."""
+    if not torch.is_autocast_enabled(device):
+        return run
+    dtype = torch.get_autocast_dtype(device)
+
+    def under_it(*args, **kwargs):
+        with torch.autocast(device, dtype):
+            return run(*args, **kwargs)
+
+    return under_it
+
+
 def starting_module(model: nn.Module, start: Any) -> nn.Module:
     modules = named_blocks(model, start)
     if len(modules) > 1:
@@ -508,15 +535,19 @@ def standing_in(blocks: Sequence[nn.Module], results: Sequence[Any], graph: bool
     waiting = list(reversed(results))
 
     def stand_in(*args, **kwargs):
+        return tree_map_only(Tensor, lambda tensor: tensor.detach().clone(), waiting[-1])  # for the user's own hooks
+
+    def hand_over(block, args, result):
         if len(waiting) == 1 and graph:
             torch.set_grad_enabled(True)
-        return waiting.pop()
+        return waiting.pop()  # whatever the user's hooks made of the copy: they had their turn when the block ran
 
     before = {block: vars(block).get("forward") for block in blocks}
     try:
         for block in before:
             block.forward = stand_in
-        yield
+        with removed(block.register_forward_hook(hand_over) for block in before):
+            yield
     finally:
         for block, own in before.items():
             if own is None:
@@ -622,6 +653,7 @@ class Passed:
         stream = [*self.stream, self.left[-1]]
         axes = [layer_axes(layout.axes, stream[0], h, layout.grid) for h in stream]
         samples, length = layout.axes.arrange(stream[0]).shape[:2]
+        device = output.device.type
         return Recording(
             request=request,
             output=output,
@@ -635,8 +667,9 @@ class Passed:
             entered=self.entered,
             returned=self.returned,
             blocks=self.streams.blocks,
-            rerun=partial(record, request),
-            again=partial(record, request, self.changed),
+            rerun=in_this_autocast(partial(record, request), device),
+            again=in_this_autocast(partial(record, request, self.changed), device),
+            answer=in_this_autocast(answered, device),
         )
 
     def mask(self, inputs: Inputs, output: Tensor, layout: Layout) -> Tensor | None:

@@ -65,7 +65,7 @@ class observed(TorchFunctionMode):
 
     def __enter__(self):
         if "torch._dynamo" in sys.modules:  # else nothing is compiled
-            self.eager.enter_context(torch.compiler.set_stance("force_eager"))
+            self.eager.enter_context(run_eagerly())
         return super().__enter__()
 
     def __exit__(self, *exception):
@@ -158,6 +158,17 @@ class observed(TorchFunctionMode):
             self.half = torch.tensor(0.5, dtype=like.dtype, device=like.device).as_subclass(Half)
             self.half.requires_grad_()
         return self.half
+
+
+def run_eagerly() -> contextlib.AbstractContextManager[Any]:
+    """Inside, compiled code runs as it was written."""
+    inside = "observed() was entered inside of torch.compile, where it sees nothing: compile the model, not its caller"
+    if torch.compiler.is_compiling():
+        raise UnsupportedOperation(inside)
+    try:
+        return torch.compiler.set_stance("force_eager")
+    except RuntimeError as error:
+        raise UnsupportedOperation(inside) from error
 
 
 def alpha_by_name(function: Callable, args: list[Any], kwargs: dict[str, Any]) -> None:
