@@ -13,11 +13,10 @@ from torch import Tensor, nn
 from .added_constants import precise
 from .engine import LIBRA, Rules
 from .engine.checks import explained_errors
-from .engine.nodes import without_autocast
 from .families import Inputs, check_inputs, explains_picture_for_texts, name_of
 from .methods import METHODS, check_method, default_rules, reads_of
 from .readout import check_target, checked_readout
-from .recording import MAPS, Recording, Request, record
+from .recording import MAPS, Recording, Request, record, without_autocast
 from .scores import second_scores
 from .streams import find_streams
 

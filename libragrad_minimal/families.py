@@ -169,6 +169,21 @@ def call(model: nn.Module, inputs: Inputs, rows: Tensor | None = None) -> Any:
         return answer_of(model(**{**given, **settings}))
 
 
+@contextmanager
+def biases_in_sight(model: nn.Module) -> Iterator[None]:
+    """Inside, frozen biases of bitsandbytes' layers are leaves: what its functions add, observed() can't see."""
+    layers = [layer for layer in model.modules() if type(layer).__module__.startswith("bitsandbytes.")]
+    named = ((layer, layer._parameters.get("bias")) for layer in layers)
+    biases = {layer: bias for layer, bias in named if bias is not None and not bias.requires_grad}
+    try:
+        for layer, bias in biases.items():
+            layer._parameters["bias"] = nn.Parameter(bias.detach())
+        yield
+    finally:
+        for layer, bias in biases.items():
+            layer._parameters["bias"] = bias
+
+
 def blamed_on_inputs(model: nn.Module, inputs: Inputs) -> AbstractContextManager[None]:
     """Inside, what the model's own code raises tells that it was that."""
     missing = "decoder_input_ids"

@@ -10,6 +10,7 @@ import contextlib
 import math
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial, reduce
 from pathlib import Path
@@ -24,7 +25,7 @@ from torch.utils._pytree import tree_map_only
 from .added_constants import Constant, ConstantShare, catch_shares, catch_tokens_first, constants_of, precise
 from .engine import LIBRA, Rules, libra_grad, observed
 from .engine.nodes import OPERANDS, noted, operation_name
-from .families import Inputs, attention_heads, call, name_of
+from .families import Inputs, attention_heads, biases_in_sight, call, name_of
 from .layout import SURE, Axes, Layout, check_samples, coarsening, first_tokens, layer_axes, layout_of
 from .readout import chosen_rows, explained, kept_rows, rows_of_answer
 from .streams import (
@@ -500,13 +501,18 @@ def answered(request: Request, residuals: bool) -> Tensor:
     model, inputs = request.model, request.inputs
     rows = chosen_rows(model, inputs, request.target, request.readout)
     kept, rows = kept_rows(model, inputs, rows)
-    with torch.no_grad(), unfused(model), observed(residuals=residuals):
+    with torch.no_grad(), unfused(model), biases_in_sight(model), observed(residuals=residuals):
         answer = call(model, inputs, kept)
         if rows is not None:
             number = None if kept is None else len(kept)
             rows = rows_of_answer(name_of(model), inputs, answer, request.readout, rows, number)
         with torch.enable_grad():
             return explained(model, answer, request.target, request.readout, rows, inputs.samples)
+
+
+def without_autocast(device: str) -> AbstractContextManager[Any]:
+    """Inside, autocast makes no half precision of what is computed on such a device."""
+    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else contextlib.nullcontext()
 
 
 def in_this_autocast(run: Callable, device: str) -> Callable:

@@ -277,6 +277,28 @@ def test_parts_in_training_mode_and_caches_are_refused():
     assert cache.get_seq_length() == 4
 
 
+def test_numbers_that_no_gradient_can_follow_are_refused():
+    with torch.inference_mode():
+        model = picture_model()
+    with pytest.raises(ValueError, match=r"parameters of VisionTransformer were made inside torch.inference_mode"):
+        attribute(model, PICTURES, 1)
+    model = picture_model()
+    with pytest.raises(ValueError, match="the input is on the meta device"):
+        attribute(model, PICTURES.to("meta"), 1)
+    with pytest.raises(ValueError, match="inside a transform of torch.func"):
+        torch.func.vmap(lambda picture: attribute(model, picture[None], 1).scores)(PICTURES)
+    model.blocks[1].mlp.to("meta")
+    with pytest.raises(ValueError, match="blocks.1.mlp.fc1.weight is on the meta device"):
+        attribute(model, PICTURES, 1)
+
+
+@pytest.mark.filterwarnings("ignore:Using `torch.compile:UserWarning")
+def test_it_runs_as_it_is_within_a_compiled_function():
+    model = picture_model()
+    compiled = torch.compile(lambda pictures: 2 * attribute(model, pictures, 1).scores, backend="aot_eager")
+    torch.testing.assert_close(compiled(PICTURES), 2 * attribute(model, PICTURES, 1).scores)
+
+
 def runs_backward(answer):
     answer.sum().backward(retain_graph=True)
     return answer[:, 1]

@@ -367,3 +367,14 @@ def test_compiled_models_run_eagerly_until_the_end():
         output = model(F.normalize(x)).sum(1)
     assert "CompiledFunction" not in str(audit(output, x))
     assert "CompiledFunction" in str(audit(model(x).sum(1), x))
+
+
+def test_entered_inside_of_torch_compile_it_says_so():
+    def explained(x):
+        with observed():
+            output = (torch.nn.functional.gelu(x) + 1).sum(1)
+        return output
+
+    torch._dynamo.reset()
+    with pytest.raises(UnsupportedOperation, match=r"entered inside of torch.compile.*compile the model"):
+        torch.compile(explained, backend="eager")(torch.randn(2, 3, requires_grad=True))

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.autograd.graph import Node
 from torch.utils._pytree import tree_map_only
 
-from .nodes import ARGUMENT, OPERANDS, Seen, noted, operation_name, precise, saved, without_autocast
+from .nodes import ARGUMENT, OPERANDS, Seen, noted, operation_name, precise, saved
 from .operations import Gradients, Repair
 from .reach import Within
 
@@ -32,8 +32,7 @@ Lookup = Callable[[str], Any]  # from a parameter's name to its value
 def evaluate(repair: Repair, gradient: Tensor, lookup: Lookup) -> tuple[Tensor, ...]:
     """The formula's result, computed in float32 at least and rounded to the gradient's own precision."""
     values = {name: precise(lookup(name)) for name in parameters(repair.formula)}
-    with without_autocast(gradient.device.type):
-        result = repair.formula(precise(gradient), **values)
+    result = repair.formula(precise(gradient), **values)
     several = result if isinstance(result, tuple) else (result,)
     return tuple(tensor.to(gradient.dtype) for tensor in several)
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -111,11 +110,6 @@ def precise(value: Any) -> Any:
     """Half precision loses ratios and sums: work in float32 at least."""
     half = isinstance(value, Tensor) and value.dtype in (torch.float16, torch.bfloat16)
     return value.float() if half else value
-
-
-def without_autocast(device: str) -> AbstractContextManager[Any]:
-    """Inside, autocast makes no half precision of what is computed on such a device."""
-    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
 
 
 def constant_factors(node: Node) -> list[Tensor]:
