@@ -1,5 +1,6 @@
 """Every attribution method against something independent: Captum, NumPy, hand-written forward passes, autograd."""
 
+import copy
 from dataclasses import replace
 from functools import partial
 
@@ -538,7 +539,8 @@ def test_a_users_hook_on_a_block_acts_once():
         def forward(self, x):
             return self.block(x) * 2
 
-    hooked, written_out, spoilt = tiny_vit(), tiny_vit(), tiny_vit()
+    hooked = tiny_vit()
+    written_out, spoilt = copy.deepcopy(hooked), copy.deepcopy(hooked)
     hooked.blocks[-1].register_forward_hook(lambda module, args, result: result * 2)
     spoilt.blocks[-1].register_forward_hook(lambda module, args, result: result.mul_(2))
     written_out.blocks[-1] = Doubled(written_out.blocks[-1])
