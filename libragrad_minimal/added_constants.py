@@ -202,8 +202,8 @@ class Shares:
         parts = precise(constant.tensor.detach()) * precise(gradient)
         whole = parts.sum()
         self.rounding[constant] = self.precision.get(constant, 0.0) * float(parts.abs().sum())
-        ways = [way for way in [*self.passed_on.pop(constant, []), *self.caught.pop(constant, [])] if way]
-        for way in sorted(ways, key=lambda way: float((total_of(way) - whole).abs())):
+        ways = sorted(filter(None, self.caught.pop(constant, [])), key=lambda way: abs(float(total_of(way) - whole)))
+        for way in filter(None, [*self.passed_on.pop(constant, []), *ways]):
             if torch.isclose(total_of(way), whole, 1e-3, 1e-6 * extent(way) + self.rounding[constant]):
                 unclear = {place.layer for place in constant.entrances if not self.samples_first(place)}
                 for layer, share in way.items():

@@ -473,6 +473,7 @@ def gradients_given(given: Mapping[Tensor, Tensor]) -> Iterator[None]:
 # ---- the forward pass ------------------------------------------------------------------------------------------------
 
 
+NEXT_TO_NOTHING = 1e-10  # a logit less 100, which is 0 at last, is meant to hide
 ONE_AT_A_TIME = threading.RLock()  # which kernel attention takes, and whether compiled code runs, a process decides
 
 
@@ -683,13 +684,15 @@ class Passed:
 
         Whether 0 or 1 is padding in the latter, the output tells, which doesn't feel padding at all.
         """
-        own = own_masks(inputs)
-        if inputs.mask is not None or not own:
+        if inputs.mask is not None:
             return inputs.mask
+        own = list(own_masks(inputs))
+        if not own:
+            return None
         (gradient,) = torch.autograd.grad(output.sum(), self.stream[0], retain_graph=True)
-        felt = layout.pick((layout.axes.arrange(gradient) != 0).any(-1))
-        own = [mask for mask in own if mask.shape == felt.shape]
-        sides = (side.to(felt.device) for mask in own for side in (mask, ~mask))
+        size = layout.pick(layout.axes.arrange(gradient).abs().amax(-1))
+        felt = size > NEXT_TO_NOTHING * size.amax()
+        sides = (side.to(felt.device) for mask in own for side in (mask, ~mask) if mask.shape == felt.shape)
         return next((side for side in sides if felt[side].any() and not felt[~side].any()), None)
 
     def check(self, output: Tensor) -> None:
@@ -760,11 +763,18 @@ def with_tokens(result: Any, tokens: Tensor) -> Any:
     return type(result)(tokens if i == place else part for i, part in enumerate(result))
 
 
-def own_masks(inputs: Inputs) -> list[Tensor]:
-    """Arguments (B, parts) that may tell of padding: called a mask, with zeros and ones."""
-    named = (tensor for name, tensor in inputs.tensors.items() if "mask" in name and tensor.dim() == 2)
-    masks = [tensor.bool() for tensor in named if ((tensor == 0) | (tensor == 1)).all()]
-    return [mask for mask in masks if mask.any() and not mask.all()]
+def own_masks(inputs: Inputs) -> Iterator[Tensor]:
+    """(B, parts), of the arguments that may tell of padding: of two values, zeros and ones or what is added to logits,
+    for each part or for pairs of them; or lengths."""
+    for tensor in inputs.tensors.values():
+        if tensor is inputs.main:
+            continue
+        if tensor.dim() in (3, 4) and inputs.words is not None and tensor.shape[-1] == inputs.words.shape[1]:
+            tensor = tensor.flatten(1, -2).amax(1)  # those that any other part sees
+        if tensor.dim() == 1 and not tensor.is_floating_point():
+            tensor = torch.arange(inputs.main.shape[1], device=tensor.device) < tensor[:, None]
+        if tensor.dim() == 2 and len(tensor.unique()) == 2:
+            yield tensor == tensor.amax()
 
 
 def valid_tokens(mask: Tensor | None, layout: Layout, samples: int, length: int) -> Tensor:
