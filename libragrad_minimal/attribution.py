@@ -18,7 +18,7 @@ from .methods import METHODS, check_method, default_rules, reads_of
 from .readout import check_target, checked_readout
 from .recording import MAPS, Recording, Request, record, without_autocast
 from .scores import second_scores
-from .streams import find_streams
+from .streams import find_streams, told
 
 WARNED = 1e-3  # completeness error, relative to the output, of a method that promises completeness
 
@@ -155,16 +155,16 @@ def attribution(run: Recording, name: str, options: Mapping[str, Any]) -> Attrib
 
 
 def warn_of_ways_past(model: nn.Module, inputs: Inputs, blocks: Any) -> None:
-    """Blocks that a user named may be one tower of several: then say what becomes of the rest of the answer."""
-    if blocks is None:
-        return
+    """What comes to the answer by another way than the first tokens is told: past blocks that a user named, one tower
+    of several perhaps, or to later blocks alone."""
     streams = find_streams(model, inputs, blocks)
+    constant = "what comes that way counts as a constant that lies on no token"
     if streams.beside:
-        warnings.warn(
-            f"{streams.told_beside()} reaches the answer of {name_of(model)} past the named blocks, too; what comes "
-            "that way counts as a constant that lies on no token",
-            stacklevel=4,
-        )
+        where = f"{told(streams.beside)} reaches the answer of {name_of(model)} past the named blocks, too"
+        warnings.warn(f"{where}; {constant}", stacklevel=4)
+    if streams.again:
+        where = f"{told(streams.again)} enters later blocks of {name_of(model)} past the first one, too"
+        warnings.warn(f"{where}; {constant}", stacklevel=4)
 
 
 def complete(rules: Rules) -> bool:

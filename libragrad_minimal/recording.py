@@ -612,8 +612,11 @@ class Passed:
         """The first tokens, noted, and the copy of them that is handed on."""
         if MAPS in self.request.reads:
             check_memory(self.request.model, h, len(self.streams.blocks))
-        self.stream.append(self.begin(h))
+        shared = self.streams.reused and is_own_memory(h, self.request.model)
+        self.stream.append(self.begin(h.clone() if shared else h))
         self.versions.append(self.stream[-1]._version)
+        if shared:
+            h.copy_(self.stream[-1])  # whoever else holds this tensor takes part in the graph, too
         return self.stream[-1].clone()
 
     def enter(self, block, args, kwargs):
@@ -715,6 +718,14 @@ class Passed:
                 f"block {apart[0]} of {name} doesn't work on what the block before it made: there are several towers. "
                 f"Name the blocks of one, blocks=[...]; {candidates(self.request.model)}"
             )
+
+
+def is_own_memory(h: Tensor, model: nn.Module) -> bool:
+    """Whether a tensor can be written to: neither a weight nor one number in several places."""
+    if any(stride == 0 and size > 1 for stride, size in zip(h.stride(), h.shape, strict=True)):
+        return False
+    held = (tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers()))
+    return h.untyped_storage().data_ptr() not in set(held)
 
 
 def layout_at(request: Request, inputs: Inputs, blocks: tuple[nn.Module, ...], tokens: Tensor) -> Layout:
