@@ -200,6 +200,16 @@ def test_random_modules_in_training_mode_are_refused(name):
     torch.testing.assert_close(torch.tensor(total(output, x)).float(), output.sum().detach())
 
 
+def test_dropout_that_is_always_on_has_another_cure():
+    class Always(nn.Module):
+        def forward(self, x):
+            return nn.functional.dropout(x, 0.5, training=True)
+
+    with pytest.raises(ValueError, match="Always dropped something at random.*in eval mode, too: set its p to 0"):
+        with observed():
+            Always().eval()(torch.randn(2, 3, requires_grad=True))
+
+
 @pytest.mark.parametrize("name", [name for name in RANDOM if "patches" not in name])
 def test_dropout_is_seen_in_the_graph_too(name):
     x = torch.randn(16, 6, 8, requires_grad=True)

@@ -184,9 +184,9 @@ def check_eval_mode(function: Callable, args: Sequence[Any], kwargs: dict[str, A
     module = running_module() if drops or function in RANDOM else None
     if drops or module is not None and module.training:
         name = function.__name__ if module is None else type(module).__name__
-        raise ValueError(
-            f"{name} dropped something at random (dropout was active): call model.eval() before the forward pass"
-        )
+        always = module is not None and not module.training
+        cure = "in eval mode, too: set its p to 0" if always else "call model.eval() before the forward pass"
+        raise ValueError(f"{name} dropped something at random (dropout was active): {cure}")
 
 
 def running_module() -> nn.Module | None:
