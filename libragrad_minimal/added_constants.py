@@ -137,8 +137,8 @@ class Shares:
     stream: Sequence[Tensor]
     tokens_first: set[Node]  # the nodes whose results are (N, B, C), where N = B leaves that open
     caught: dict[Constant, list[Way | None]] = field(default_factory=dict)  # for each way in which it can lie
-    precision: dict[Constant, float] = field(default_factory=dict)  # of what arrives there: half, perhaps
     passed_on: dict[Constant, list[Way | None]] = field(default_factory=dict)  # the same where a layer adds it
+    precision: dict[Constant, float] = field(default_factory=dict)  # of what arrives there: half, perhaps
     rounding: dict[Constant, float] = field(default_factory=dict)  # how far off its attribution as a whole may be
     settled: list[ConstantShare] = field(default_factory=list)
     assumed: dict[int, Constant] = field(default_factory=dict)  # numbers of shares that take samples to come first

@@ -20,6 +20,7 @@ from .recording import MAPS, Recording, Request, record, without_autocast
 from .scores import second_scores
 from .streams import find_streams, told
 
+CALLER = 6  # the frame of a user of `attribute`, from a function that is called there; two are of torch._disable_dynamo
 WARNED = 1e-3  # completeness error, relative to the output, of a method that promises completeness
 
 
@@ -132,7 +133,8 @@ def attribute_many(
     for chosen, names in names_by_rules.items():
         reads = frozenset().union(*map(reads_of, names))
         run = record(Request(model, asked, target, chosen, blocks, readout, start, reads))
-        results |= {name: attribution(run, name, methods[name]) for name in names}
+        for name in names:
+            results[name] = attribution(run, name, methods[name])
     return {name: results[name] for name in methods}
 
 
@@ -161,10 +163,10 @@ def warn_of_ways_past(model: nn.Module, inputs: Inputs, blocks: Any) -> None:
     constant = "what comes that way counts as a constant that lies on no token"
     if streams.beside:
         where = f"{told(streams.beside)} reaches the answer of {name_of(model)} past the named blocks, too"
-        warnings.warn(f"{where}; {constant}", stacklevel=4)
-    if streams.again:
-        where = f"{told(streams.again)} enters later blocks of {name_of(model)} past the first one, too"
-        warnings.warn(f"{where}; {constant}", stacklevel=4)
+        warnings.warn(f"{where}; {constant}", stacklevel=CALLER)
+    if streams.anew:
+        where = f"{told(streams.anew)} enters later blocks of {name_of(model)} past the first one, too"
+        warnings.warn(f"{where}; {constant}", stacklevel=CALLER)
 
 
 def complete(rules: Rules) -> bool:
@@ -181,5 +183,5 @@ def warn_if_incomplete(name: str, error: Tensor, output: Tensor, scores: Tensor,
         warnings.warn(
             f"{name} is not complete: the attributions of sample {worst} miss its output {float(output[worst]):.4g} by "
             f"{float(error[worst]):.2g}",
-            stacklevel=5,
+            stacklevel=CALLER + 1,
         )

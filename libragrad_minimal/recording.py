@@ -541,18 +541,20 @@ def standing_in(blocks: Sequence[nn.Module], results: Sequence[Any], graph: bool
     """Inside, the blocks don't run: one after another they return these results, and after the last a graph begins."""
     waiting = list(reversed(results))
 
-    def stand_in(*args, **kwargs):
-        return tree_map_only(Tensor, lambda tensor: tensor.detach().clone(), waiting[-1])  # for the user's own hooks
+    def stand_in(block, *args, **kwargs):
+        if len(block._forward_hooks) == 1:
+            return waiting[-1]
+        return tree_map_only(Tensor, lambda tensor: tensor.detach().clone(), waiting[-1])
 
     def hand_over(block, args, result):
         if len(waiting) == 1 and graph:
             torch.set_grad_enabled(True)
-        return waiting.pop()  # whatever the user's hooks made of the copy: they had their turn when the block ran
+        return waiting.pop()  # whatever a user's hooks made of the copy: they had their turn when the block ran
 
     before = {block: vars(block).get("forward") for block in blocks}
     try:
         for block in before:
-            block.forward = stand_in
+            block.forward = partial(stand_in, block)
         with removed(block.register_forward_hook(hand_over) for block in before):
             yield
     finally:

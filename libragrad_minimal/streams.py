@@ -44,7 +44,7 @@ class Streams:
     second: tuple[nn.Module, ...] = ()
     of_picture: bool = False  # is it the pixels alone that come in through them, though there is a text as well?
     beside: tuple[str, ...] = ()  # arguments of the model that reach its answer through the blocks and past them, too
-    again: tuple[str, ...] = ()  # arguments that reach later blocks past the first, too
+    anew: tuple[str, ...] = ()  # arguments that reach later blocks past the first, too
     reused: bool = False  # is the tensor that enters the first block used elsewhere, too?
 
 
@@ -323,8 +323,8 @@ def with_ways_past(found: Streams, answer: Any, roots: Roots, calls: list[Call])
     beside = through & names_below(
         [answer.grad_fn], begins | between | {node for one in calls for node in one.exits}, roots
     )
-    again = through & names_below([answer.grad_fn], begins, roots) if calls[0].entered is not None else set()
-    return replace(found, beside=tuple(sorted(beside)), again=tuple(sorted(again - beside)), reused=reused)
+    anew = through & names_below([answer.grad_fn], begins, roots) if calls[0].entered is not None else set()
+    return replace(found, beside=tuple(sorted(beside)), anew=tuple(sorted(anew - beside)), reused=reused)
 
 
 def used_elsewhere(end: Node, first: Call) -> bool:
