@@ -7,6 +7,7 @@ model says nothing, streams.py and layout.py find out by running it.
 from __future__ import annotations
 
 import inspect
+import traceback
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
@@ -197,18 +198,20 @@ def blamed(sentence: str) -> Iterator[None]:
     what is ours, passes."""
     try:
         yield
-    except (RuntimeError, AssertionError, TypeError, AttributeError, LookupError, ValueError, ArithmeticError) as error:
-        if isinstance(error, torch.OutOfMemoryError) or "memory" in str(error) or is_ours(error):
+    except Exception as error:
+        if (
+            isinstance(error, torch.OutOfMemoryError | MemoryError | Warning)
+            or "memory" in str(error)
+            or is_ours(error)
+        ):
             raise
         raise ValueError(f"{sentence}: {type(error).__name__}: {error}") from error
 
 
 def is_ours(error: Exception) -> bool:
-    """A refusal of this package's; what PyTorch raises within observed() isn't."""
-    place = error.__traceback__
-    while place is not None and place.tb_next is not None:
-        place = place.tb_next
-    raised_here = place is not None and Path(place.tb_frame.f_code.co_filename).is_relative_to(Path(__file__).parent)
+    """A refusal that this package raises; what PyTorch raises when it is called from here isn't."""
+    last = traceback.extract_tb(error.__traceback__)[-1]
+    raised_here = Path(last.filename).is_relative_to(Path(__file__).parent) and (last.line or "").startswith("raise")
     return raised_here and isinstance(error, ValueError | UnsupportedOperation)
 
 
@@ -316,6 +319,8 @@ def check_inputs(model: nn.Module, given: Any) -> None:
             "of the model's keyword arguments, as a tokenizer or processor returns"
         )
     inputs = Inputs(given)
+    if isinstance(given, Mapping) and not all(isinstance(name, str) for name in given):
+        raise ValueError(f"the names of inputs must be words, the model's arguments; got {list(given)}")
     check_numbers(model, inputs)
     for argument, tensor in inputs.tensors.items():
         label = f"{argument} of the input" if argument else "the input"
@@ -333,7 +338,7 @@ def check_inputs(model: nn.Module, given: Any) -> None:
         )
     if not inputs.tensors:
         raise ValueError("inputs hold no tensor: ask the tokenizer or processor for return_tensors='pt'")
-    if inputs.samples == 0:
+    if inputs.main.dim() == 0 or inputs.samples == 0:
         raise ValueError(
             f"which of the inputs {', '.join(inputs.tensors)} is the text isn't known: give a dictionary with "
             f"{TOKEN_IDS}, or the token ids alone as one tensor"
@@ -363,12 +368,28 @@ def check_numbers(model: nn.Module, inputs: Inputs) -> None:
             f"the parameters of {name_of(model)} were made inside torch.inference_mode(), so that no gradient can flow "
             "through them: make or load the model outside of it"
         )
-    held = {f"{name or 'the input'}": tensor for name, tensor in inputs.tensors.items()}
+    for name, tensor in inputs.tensors.items():
+        if tensor is inputs.words or not tensor.is_complex():  # beside the text there may be frequencies, for example
+            check_ordinary(name or "the input", tensor)
     if not any(hasattr(module, "_hf_hook") for module in plain(model).modules()):  # accelerate loads them when they run
-        held |= dict(plain(model).named_parameters())
-    empty = [name for name, tensor in held.items() if tensor.is_meta]
-    if empty:
-        raise ValueError(f"{empty[0]} is on the meta device, which holds no numbers: give it some, or load its weights")
+        for name, parameter in plain(model).named_parameters():
+            if parameter.is_meta:
+                raise ValueError(f"{name} is on the meta device, which holds no numbers: load its weights first")
+
+
+def check_ordinary(name: str, tensor: Tensor) -> None:
+    """Raises ValueError for tensors that hold no plain numbers side by side."""
+    kinds = {
+        "on the meta device, which holds no numbers": tensor.is_meta,
+        "nested": tensor.is_nested,
+        "quantised": tensor.is_quantized,
+        "complex": tensor.is_complex(),
+        "sparse": tensor.layout != torch.strided,
+        str(tensor.dtype): tensor.is_floating_point() and tensor.itemsize == 1,  # of 8 bits, which don't add
+    }
+    kind = next((kind for kind, is_it in kinds.items() if is_it), None)
+    if kind is not None:
+        raise ValueError(f"{name} is {kind}: give an ordinary tensor, of integers or floating-point numbers")
 
 
 def acts_in_training(module: nn.Module) -> bool:

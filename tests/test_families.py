@@ -3,6 +3,7 @@
 import contextlib
 import copy
 
+import numpy as np
 import pytest
 import timm
 import torch
@@ -314,9 +315,9 @@ def runs_backward(answer):
         (dict(target=1, method="IG", steps=1.5), "steps must be a whole number"),
         (dict(target=1, method=["IxG"]), "unknown method"),
         (dict(target=1, rules="libra"), "rules must be LIBRA"),
-        (dict(target=lambda a: a[:, 1].to_sparse()), "sparse_coo.*to_dense"),
+        (dict(target=lambda a: a[:, 1].to_sparse()), r"target\(answer\) is sparse: give an ordinary tensor"),
         (dict(target=lambda a: a[:, 1].long()), "floating-point numbers, got torch.int64"),
-        (dict(target=lambda a: a[:, 1] * 1j), "floating-point numbers, got torch.complex64"),
+        (dict(target=lambda a: a[:, 1] * 1j), r"target\(answer\) is complex: give an ordinary tensor"),
         (dict(target=lambda a: a[:, 1:3]), r"one number per sample \(2,\), got \(2, 2\)"),
         (dict(target=lambda a: a[0, 1]), r"one number per sample \(2,\), got \(\)"),
         (dict(target=lambda a: a[:, 1].tolist()), "one number per sample.*got list"),
@@ -325,6 +326,15 @@ def runs_backward(answer):
         (dict(target=lambda a: torch.ones(2)), "doesn't depend on the blocks"),
         (dict(target=lambda a: torch.ones(2, requires_grad=True) * 2), "doesn't depend on the blocks"),
         (dict(target=runs_backward), "the target function runs a backward pass"),
+        (dict(target=lambda a: next(iter(()))), "the target function fails on the model's answer: StopIteration"),
+        (dict(target=int), "the target function fails on the model's answer: ValueError: only one element"),
+        (dict(target=lambda a: a[:, 1].to("meta")), r"target\(answer\) is on the meta device"),
+        (dict(target=lambda a: torch.nested.as_nested_tensor([a[0], a[1]])), r"target\(answer\) is nested"),
+        (dict(target=lambda a: a[:, 1].to(torch.float8_e4m3fn)), r"target\(answer\) is torch.float8_e4m3fn"),
+        (dict(target=torch.ones(5, device="meta")), "the target is on the meta device"),
+        (dict(target=torch.ones(5).to_sparse()), "the target is sparse"),
+        (dict(target=1, readout=torch.ones(2, device="meta")), "readout is on the meta device"),
+        (dict(target=1, method=np.ones(2)), "unknown method"),
     ],
 )
 def test_slips_of_type(options, message):
@@ -332,6 +342,22 @@ def test_slips_of_type(options, message):
     with pytest.raises(ValueError, match=message):
         attribute(model, PICTURES, **options)
     assert all(parameter.grad is None for parameter in model.parameters())
+
+
+@pytest.mark.parametrize(
+    ("inputs", "message"),
+    [
+        (torch.nested.as_nested_tensor([torch.tensor([1, 2]), torch.tensor([3])]), "the input is nested"),
+        (torch.tensor(3), "which of the inputs.*is the text isn't known"),
+        (IDS * 1j, "the input is complex"),
+        ({"input_ids": IDS.to_sparse()}, "input_ids is sparse"),
+        ({1: IDS}, r"names of inputs must be words.*got \[1\]"),
+        ({"input_ids": IDS, "attention_mask": torch.ones(IDS.shape, device="meta")}, "attention_mask is on the meta"),
+    ],
+)
+def test_tensors_that_are_none(inputs, message):
+    with pytest.raises(ValueError, match=message):
+        attribute(text_model(), inputs, 1)
 
 
 @pytest.mark.parametrize(
