@@ -148,6 +148,7 @@ def attribution(run: Recording, name: str, options: Mapping[str, Any]) -> Attrib
     promised = result.promised and complete(run.rules)
     if promised:
         warn_if_incomplete(name, error, output, result.tokens, run.rounding)
+    warn_if_underflown(run)
     scores = layout.pick(result.tokens.detach() * run.valid)
     second = None
     if run.second is not None and not reads_of(name) & {MAPS}:
@@ -183,5 +184,18 @@ def warn_if_incomplete(name: str, error: Tensor, output: Tensor, scores: Tensor,
         warnings.warn(
             f"{name} is not complete: the attributions of sample {worst} miss its output {float(output[worst]):.4g} by "
             f"{float(error[worst]):.2g}",
+            stacklevel=CALLER + 1,
+        )
+
+
+def warn_if_underflown(run: Recording) -> None:
+    """In float16 gradients go in steps of 2^-24; of those that are all smaller than 128 steps little is left."""
+    found = vars(run).get("gradients")
+    pairs = [] if found is None else zip(run.stream, found.tokens, strict=False)
+    halves = [g for h, g in pairs if h.dtype == torch.float16]
+    if any(g.abs().amax() < 128 * 2.0**-24 for g in halves):
+        warnings.warn(
+            "gradients at the tokens are too small for float16, which rounds them coarsely or to zero: "
+            "run the model in bfloat16 or float32",
             stacklevel=CALLER + 1,
         )

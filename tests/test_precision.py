@@ -101,3 +101,15 @@ def test_rounding_on_the_way_is_no_incompleteness(recwarn):
     result = attribute(model, IDS, 1)
     assert (result.completeness_error > 1e-3 * result.output.abs()).any()
     assert not [warning for warning in recwarn if "is not complete" in str(warning.message)]
+
+
+def test_gradients_that_float16_rounds_away_are_told(recwarn):
+    model = encoder().to(torch.float16)
+    with torch.no_grad():
+        model.head.weight.mul_(1e-5)
+    expected = attribute(in_double(model), IDS, 1, "IxG").scores
+    assert not recwarn.list
+    with pytest.warns(UserWarning, match="too small for float16.*bfloat16 or float32"):
+        scores = attribute(model, IDS, 1, "IxG").scores
+    assert off(scores, expected) > 0.1
+    assert off(attribute(model.to(torch.bfloat16), IDS, 1, "IxG").scores, expected) < 0.03
