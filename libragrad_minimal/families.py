@@ -306,6 +306,8 @@ def check_inputs(model: nn.Module, given: Any) -> None:
     if not isinstance(model, nn.Module):
         raise ValueError(f"the model is a {type(model).__name__}: give the torch.nn.Module itself")
     name = name_of(model)
+    if isinstance(plain(model), torch.jit.ScriptModule):
+        raise ValueError(f"{name} is TorchScript, whose steps nobody sees: give the model that it was made of")
     if torch.is_inference_mode_enabled():
         raise ValueError("there are no gradients inside torch.inference_mode(): call from outside of it")
     training = [part for part, module in plain(model).named_modules() if module.training and acts_in_training(module)]

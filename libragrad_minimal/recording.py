@@ -393,7 +393,7 @@ class Recording:
     def answer_to(self, tokens: Tensor) -> Tensor:
         """(B,) what the model would answer if these were the tokens that leave its last block. No block is run."""
         request = self.request
-        results = [*self.returned[:-1], with_tokens(self.returned[-1], tokens)]
+        results = [*self.returned[:-1], with_tokens(self.returned[-1], tokens.to(self.left[-1].dtype))]
         with standing_in(self.blocks, results):
             return self.answer(request, self.rules.residual)
 
@@ -709,8 +709,8 @@ class Passed:
         reached = set() if output.grad_fn is None else dependents([output.grad_fn], first)
         if first not in reached:
             raise ValueError(
-                f"what is explained doesn't depend on the blocks of {name}: is it detached, of another "
-                "tower, or made by layers without a gradient, as some quantised ones are?"
+                f"what is explained doesn't depend on the blocks of {name}: is it detached, of another tower, made by "
+                "layers without a gradient, as some quantised ones are, or checkpointed with use_reentrant=True?"
             )
         apart = [
             i for i, h in enumerate(self.stream) if not h.requires_grad or get_gradient_edge(h).node not in reached

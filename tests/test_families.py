@@ -10,6 +10,7 @@ import torch
 import transformers
 from measuring import memory
 from small_models import IDS, PICTURES, TEXT, perturbed
+from torch.utils.checkpoint import checkpoint
 
 from libragrad_minimal import Against, Probability, UnsupportedOperation, attribute, libra_grad
 from libragrad_minimal.attribution import attribute_many
@@ -188,6 +189,33 @@ def test_checkpointed_blocks_count_or_are_refused():
     torch.testing.assert_close(attribute(model, IDS, 3).scores, expected)
     with pytest.raises(RuntimeError, match="run the model without checkpointing"):
         attribute(model, IDS, 3, "GenAtt")  # a map that is computed once more isn't the one that was noted
+
+
+class ReentrantHead(torch.nn.Module):
+    def __init__(self, whole=False):
+        super().__init__()
+        self.model, self.whole = picture_model(), whole
+
+    def forward(self, x):
+        if self.whole:
+            return checkpoint(self.model, x, use_reentrant=True)
+        return checkpoint(self.model.forward_head, self.model.forward_features(x), use_reentrant=True)
+
+
+@pytest.mark.parametrize("method", ["IxG", "GenAtt"])
+def test_reentrant_checkpoints_are_refused_wherever_they_are(method):
+    with pytest.raises((RuntimeError, UnsupportedOperation), match="checkpoint.* with use_reentrant=False"):
+        attribute(ReentrantHead().eval(), PICTURES, 1, method)
+    with pytest.raises(ValueError, match="is it detached, .*or checkpointed with use_reentrant=True"):
+        attribute(ReentrantHead(whole=True).eval(), PICTURES, 1, method)
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit:FutureWarning", "ignore::torch.jit.TracerWarning")
+def test_torchscript_is_refused():
+    traced = torch.jit.trace(picture_model(), (PICTURES,))
+    for model in (traced, torch.jit.freeze(traced)):
+        with pytest.raises(ValueError, match="is TorchScript.*give the model that it was made of"):
+            attribute(model, PICTURES, 1)
 
 
 @pytest.mark.filterwarnings("ignore:Using `torch.compile:UserWarning")

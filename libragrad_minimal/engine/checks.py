@@ -167,6 +167,11 @@ def explained_errors() -> Iterator[None]:
                 "the graph of this output has been freed by an earlier backward pass: pass retain_graph=True to that "
                 "one, or run the model again"
             ) from error
+        if "use_reentrant=True" in str(error):
+            raise RuntimeError(
+                "a part of the model is checkpointed in the reentrant way, which hides the graph: checkpoint it with "
+                "use_reentrant=False"
+            ) from error
         if "selective activation checkpoint" in str(error):
             raise RuntimeError(
                 "selective checkpointing hands out what it kept only once, and PyTorch's own derivative has had it: "
