@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-from small_models import IDS, perturbed
+from models import IDS, perturbed
 from torch import nn
 
 from libragrad_minimal import attribute

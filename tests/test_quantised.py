@@ -9,7 +9,7 @@ from types import ModuleType
 
 import pytest
 import torch
-from small_models import IDS, perturbed
+from models import IDS, perturbed
 from test_precision import Encoder, off
 from torch import nn
 
