@@ -167,6 +167,11 @@ def explained_errors() -> Iterator[None]:
                 "the graph of this output has been freed by an earlier backward pass: pass retain_graph=True to that "
                 "one, or run the model again"
             ) from error
+        if "modified by an inplace operation" in str(error):
+            raise RuntimeError(
+                "the model changed in place what its own derivative needs, so that there is none, balanced or not: change "
+                "a copy there (bitsandbytes' layers of 8 bits do it to float16: run them in float32 or bfloat16)"
+            ) from error
         if "use_reentrant=True" in str(error):
             raise RuntimeError(
                 "a part of the model is checkpointed in the reentrant way, which hides the graph: checkpoint it with "
