@@ -149,6 +149,7 @@ def attribution(run: Recording, name: str, options: Mapping[str, Any]) -> Attrib
     if promised:
         warn_if_incomplete(name, error, output, result.tokens, run.rounding)
     warn_if_underflown(run)
+    warn_if_padding_counts(run)
     scores = layout.pick(result.tokens.detach() * run.valid)
     second = None
     if run.second is not None and not reads_of(name) & {MAPS}:
@@ -197,5 +198,20 @@ def warn_if_underflown(run: Recording) -> None:
         warnings.warn(
             "gradients at the tokens are too small for float16, which rounds them coarsely or to zero: "
             "run the model in bfloat16 or float32",
+            stacklevel=CALLER + 1,
+        )
+
+
+def warn_if_padding_counts(run: Recording) -> None:
+    """Padding is given no score, which is right where the answer doesn't depend on it."""
+    found = vars(run).get("gradients")
+    if found is None or run.valid.all() or found.tokens[0].shape[:2] != run.valid.shape:
+        return
+    size = found.tokens[0].abs().amax(-1)
+    counts = (size > 1e-4 * size.amax()) & ~run.valid
+    if counts.any():
+        warnings.warn(
+            f"the answer to sample {int(counts.any(1).int().argmax())} depends on its padding, whose share is left "
+            "out: is it padded on the side on which the model reads its answer?",
             stacklevel=CALLER + 1,
         )

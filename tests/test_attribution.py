@@ -8,9 +8,9 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
-from models import PICTURES, perturbed, tiny_clip, tiny_gpt2, tiny_hf_vit, tiny_llama, tiny_vit
+from models import PICTURES, TEXT, perturbed, tiny_clip, tiny_gpt2, tiny_hf_vit, tiny_llama, tiny_vit
 from torch import nn
-from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
+from transformers import BertConfig, BertForSequenceClassification, GPTNeoXConfig, GPTNeoXForCausalLM
 
 from libragrad_minimal import libra_grad
 from libragrad_minimal.attribution import attribute, attribute_many
@@ -190,6 +190,18 @@ def test_padding_whose_logits_are_not_infinite():
         )
         assert (scores[0, 4:] == 0).all()
         torch.testing.assert_close(scores, expected)
+
+
+def test_an_answer_that_is_read_off_padding_is_told(recwarn):
+    """BERT's class token comes first: texts that are padded on the left hide it."""
+    torch.manual_seed(0)
+    model = perturbed(BertForSequenceClassification(BertConfig(**TEXT)))
+    mask = torch.tensor([[1, 1, 1, 1, 0, 0], [1, 1, 1, 1, 1, 1]])
+    for method in ("IxG", "FullGrad+", "GenAtt"):
+        attribute(model, {"input_ids": IDS, "attention_mask": mask}, 1, method)
+    assert not recwarn.list
+    with pytest.warns(UserWarning, match="answer to sample 0 depends on its padding.*padded on the side"):
+        attribute(model, {"input_ids": IDS, "attention_mask": mask.flip(1)}, 1, "IxG")
 
 
 def test_targets_are_linear():
