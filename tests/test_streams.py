@@ -53,7 +53,7 @@ def test_stems_and_heads_are_told_from_blocks():
 class Ensemble(nn.Module):
     def __init__(self):
         super().__init__()
-        self.vit1, self.vit2 = tiny_vit(), tiny_vit()
+        self.vit1, self.vit2 = tiny_vit(depth=2), tiny_vit(depth=2)
 
     def forward(self, x):
         return self.vit1(x) + self.vit2(x)
