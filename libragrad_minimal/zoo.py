@@ -99,8 +99,10 @@ def asked(kind: str, model: nn.Module, inputs: Tensor | dict[str, Any]) -> Case:
         answer = call(model, Inputs(inputs))
     target: Any = 1
     if not isinstance(answer, Tensor):
-        vector = embedding_of(answer)
+        given, vector = answer, embedding_of(answer)
         answer = vector if vector is not None else getattr(answer, "last_hidden_state", None)
+        if answer is None and getattr(given, "feature_maps", None):  # of a backbone
+            return Case(kind, model, inputs, lambda answer: answer.feature_maps[-1].flatten(1)[:, 1])
         if answer is None:
             raise NotBuilt("answers with neither logits nor an embedding")
         target = torch.randn(answer.shape[1 if answer.dim() == 4 else -1])
@@ -190,6 +192,15 @@ HEADS = {  # kind -> the registry of heads
 }
 
 
+NO_MODEL_ALONE = "is no model by itself: it drafts words for another one, whose keys and values it has to be given"
+WHY_NOT = {  # where what was raised isn't the reason
+    "decoder gemma4_assistant": NO_MODEL_ALONE,
+    "decoder gemma4_unified_assistant": NO_MODEL_ALONE,
+    "vision-language llama4": "transformers itself fails on any input: its forward reads image_outputs where there is none",
+}
+WITH_SMALL_PICTURES = ("vision-language", "pair", "video")
+
+
 def transformers_heads() -> dict[str, tuple[str, str, str]]:
     """name -> (kind, type of the model, name of its class)"""
     from transformers.models.auto import modeling_auto
@@ -212,7 +223,8 @@ def transformers_case(name: str) -> Case:
         try:
             model_class = getattr(transformers, class_name)
             default = transformers.CONFIG_MAPPING[model_type]()
-            config = part_for(model_class, small_config(default, kind in ("vision-language", "pair", "video"), **how))
+            small = small_config(default, kind in WITH_SMALL_PICTURES, model_class=class_name, **how)
+            config = part_for(model_class, small)
             with torch.device("meta"):
                 size = sum(p.numel() for p in model_class(config).parameters())
         except Exception as error:
@@ -229,7 +241,7 @@ def transformers_case(name: str) -> Case:
                 raise
             except Exception as error:  # these inputs don't fit; the next may
                 failures.append(f"runs on none of the inputs made for it: {type(error).__name__}: {error}")
-    raise NotBuilt(failures[0])
+    raise NotBuilt(WHY_NOT.get(name, failures[0]))
 
 
 def treated_case(name: str) -> Case:
