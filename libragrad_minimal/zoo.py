@@ -196,7 +196,7 @@ NO_MODEL_ALONE = "is no model by itself: it drafts words for another one, whose 
 WHY_NOT = {  # where what was raised isn't the reason
     "decoder gemma4_assistant": NO_MODEL_ALONE,
     "decoder gemma4_unified_assistant": NO_MODEL_ALONE,
-    "vision-language llama4": "transformers itself fails on any input: its forward reads image_outputs where there is none",
+    "vision-language llama4": "transformers itself fails on any input: its forward reads image_outputs, which isn't there",
 }
 WITH_SMALL_PICTURES = ("vision-language", "pair", "video")
 
