@@ -16,7 +16,7 @@ import sys
 import time
 import warnings
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection, wait
@@ -35,11 +35,11 @@ from .files import only_one, whole_file
 from .layout import first_tokens, layout_of
 from .readout import chosen_rows, explained, kept_rows, rows_of_answer
 from .streams import find_streams, removed, topological
-from .zoo import Case, NotBuilt, build
+from .zoo import Case, NotBuilt, build, kind_and_structure
 
 COLUMNS = (
     "model kind engine engine_detail engine_error attribute attribute_detail attribute_error grid seconds megabytes "
-    "library torch libragrad_minimal"
+    "library torch libragrad_minimal structure"
 ).split()
 DISTRIBUTIONS = {
     "timm": "timm",
@@ -55,6 +55,7 @@ IMPORTED_FIRST = {  # once for all processes: what takes seconds
 }
 COMPLETE, REFUSED, RAW, WRONG = "complete", "refused", "raw exception", "wrong"
 INCOMPLETE = "incomplete, and says so"
+NOT_BUILT = "not built"
 SURE = 1e-3  # relative to the output
 CORNER_CELLS = 5  # how many cells of a map are checked
 
@@ -62,20 +63,27 @@ CORNER_CELLS = 5  # how many cells of a map are checked
 # ---- one model -------------------------------------------------------------------------------------------------------
 
 
-def verdicts(library: str, name: str) -> dict[str, Any]:
-    """One row, without versions: is libra_grad inside observed() complete, and attribute(FullGrad+)?"""
+def verdicts(library: str, name: str, judged: Mapping[str, str] | None = None) -> dict[str, Any]:
+    """One row, without versions: is libra_grad inside observed() complete, and attribute(FullGrad+)?
+
+    judged: structure -> model of timm that has it and needs not be judged again.
+    """
     started = time.perf_counter()
+    kind, structure = kind_and_structure(library, name)
+    if structure in (judged or {}):
+        twin = f"is {judged[structure]} but for its sizes"  # type: ignore[index]
+        return {"kind": kind, "engine": NOT_BUILT, "engine_detail": twin, "structure": structure}
     try:
         case = build(library, name)
     except NotBuilt as error:
-        return {"kind": name.split()[0] if " " in name else "", "engine": "not built", "engine_detail": one_line(error)}
-    row: dict[str, Any] = {"kind": case.kind}
+        return {"kind": name.split()[0] if " " in name else "", "engine": NOT_BUILT, "engine_detail": one_line(error)}
+    row: dict[str, Any] = {"kind": case.kind, "structure": structure}
     number: list[Tensor] = []
-    for judged, judge in (("engine", judge_engine), ("attribute", judge_attribute)):
+    for whose, judge in (("engine", judge_engine), ("attribute", judge_attribute)):
         try:
-            row |= {f"{judged}{column}": value for column, value in judge(case, number).items()}
+            row |= {f"{whose}{column}": value for column, value in judge(case, number).items()}
         except Exception as error:
-            row |= {judged: REFUSED if is_refusal(error) else RAW, f"{judged}_detail": told(error)}
+            row |= {whose: REFUSED if is_refusal(error) else RAW, f"{whose}_detail": told(error)}
     row["grid"] = row.pop("attribute_grid", "")
     row["seconds"] = f"{time.perf_counter() - started:.1f}"
     return row
@@ -284,7 +292,7 @@ def fill(table: Table, library: str, left: list[str], processes: int, bounds: Bo
         try:
             while left or running:
                 while left and len(running) < processes:
-                    running.append(begun(processes_of_models, library, left.pop(0), bounds))
+                    running.append(begun(processes_of_models, table, library, left.pop(0), bounds))
                 bar.set_postfix_str(", ".join(run.name for run in running))
                 soonest = min(run.until for run in running)
                 wait([run.answers for run in running], timeout=max(0.0, min(1.0, soonest - time.monotonic())))
@@ -308,9 +316,9 @@ def context(library: str) -> Any:
     return made
 
 
-def begun(processes: Any, library: str, name: str, bounds: Bounds) -> Run:
+def begun(processes: Any, table: Table, library: str, name: str, bounds: Bounds) -> Run:
     ours, theirs = processes.Pipe(duplex=False)
-    process = processes.Process(target=work, args=(library, name, bounds, theirs), daemon=True)
+    process = processes.Process(target=work, args=(library, name, table.judged, bounds, theirs), daemon=True)
     process.start()
     theirs.close()
     return Run(name, process, ours, time.monotonic() + bounds.seconds)
@@ -333,7 +341,7 @@ def outcome(run: Run, bounds: Bounds) -> dict[str, Any] | None:
     return row
 
 
-def work(library: str, name: str, bounds: Bounds, answers: Connection) -> None:
+def work(library: str, name: str, judged: Mapping[str, str], bounds: Bounds, answers: Connection) -> None:
     """What the process of one model does."""
     os.environ.update(HF_HUB_OFFLINE="1", TQDM_DISABLE="1")
     torch.set_num_threads(1)
@@ -341,7 +349,7 @@ def work(library: str, name: str, bounds: Bounds, answers: Connection) -> None:
     silence()
     limit_memory(bounds)
     try:
-        row = verdicts(library, name)
+        row = verdicts(library, name, judged)
     except (MemoryError, RuntimeError) as error:
         if not isinstance(error, MemoryError) and "memory" not in str(error):
             row = not_made(error)
@@ -353,7 +361,7 @@ def work(library: str, name: str, bounds: Bounds, answers: Connection) -> None:
 
 
 def not_made(error: Exception) -> dict[str, Any]:
-    return {"engine": "not built", "engine_detail": f"{type(error).__name__}: {one_line(error)}"}
+    return {"engine": NOT_BUILT, "engine_detail": f"{type(error).__name__}: {one_line(error)}"}
 
 
 def silence() -> None:
@@ -404,18 +412,25 @@ class Table:
             "torch": torch.__version__,
             "libragrad_minimal": version("libragrad_minimal"),
         }
-        if not path.exists() or not path.read_bytes().endswith(b"\n"):
-            lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
-            whole = b"".join(line for line in lines if line.endswith(b"\n"))
-            with whole_file(path) as unfinished:
-                unfinished.write_bytes(whole or (",".join(COLUMNS) + "\n").encode())
-        self.done = {row["model"] for row in read(path) if row["library"] == self.versions["library"]}
+        lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
+        header = (",".join(COLUMNS) + "\n").encode()
+        if not lines or lines[0] != header or not lines[-1].endswith(b"\n"):
+            rows = list(csv.DictReader(line.decode() for line in lines if line.endswith(b"\n")))
+            with whole_file(path) as unfinished, unfinished.open("w", newline="", encoding="utf-8") as file:
+                writer = csv.DictWriter(file, COLUMNS, restval="", extrasaction="ignore", lineterminator="\n")
+                writer.writeheader()
+                writer.writerows(rows)
+        ours = [row for row in read(path) if row["library"] == self.versions["library"]]
+        self.done = {row["model"] for row in ours}
+        self.judged = {row["structure"]: row["model"] for row in ours if row["structure"] and row["attribute"]}
 
     def add(self, row: dict[str, Any]) -> None:
         with self.path.open("a", newline="", encoding="utf-8") as file:
             csv.DictWriter(file, COLUMNS, restval="", lineterminator="\n").writerow(row | self.versions)
             file.flush()
             os.fsync(file.fileno())
+        if row.get("structure") and row.get("attribute"):
+            self.judged.setdefault(row["structure"], row["model"])
 
 
 def version(distribution: str) -> str:

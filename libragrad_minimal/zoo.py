@@ -8,7 +8,10 @@ from __future__ import annotations
 
 import fnmatch
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -17,6 +20,7 @@ from torch import Tensor, nn
 from .families import Inputs, call, embedding_of, generates
 from .made_inputs import INPUTS
 from .small_configs import LAYERS, WORDS, part_for, small_config
+from .small_timm import MOST_PARAMETERS, picture_of, smallest, structure
 from .treatments import TREATMENTS
 
 LIBRARIES = ("timm", "transformers", "open_clip", "treated")  # the last: one small Llama in many ways
@@ -29,11 +33,6 @@ SMALL_BY_NAME = re.compile(r"nano|tiny|atto|femto|pico|xxs|xs|small|050|035|micr
 LARGE = re.compile(
     r"giant|huge|large|enormous|gigantic|so\d+m|_7b|_[123]b|base|medium|_x?l(_|$)|_x?b(_|$)|\d{3}m|384|512"
 )
-MOST_PARAMETERS = 250e6
-LARGEST_PICTURE, SMALLER_PICTURE = (
-    512,
-    336,
-)  # of patches of 14, 16 and what is made of them; for timm's models, where another size can be chosen
 NOTHING_MIXED = "has no attention, mixer or gated MLP: it isn't asked for"
 
 
@@ -53,7 +52,7 @@ class Case:
 
 
 def registered(library: str, pattern: str = "*", few: int | None = None) -> list[str]:
-    """Names of models; few: only so many of every file of timm, those that are small by their names."""
+    """Names of models. Of timm those first that are small by their names; few: only so many of every file."""
     if library == "timm":
         names = timm_names(pattern, few)
     elif library == "transformers":
@@ -65,7 +64,7 @@ def registered(library: str, pattern: str = "*", few: int | None = None) -> list
 
         towers = (f"{name} {tower}" for name in open_clip.list_models() for tower in ("picture", "text"))
         names = [name for name in towers if fnmatch.fnmatch(name, pattern)]
-    return sorted(names)
+    return names if library == "timm" else sorted(names)
 
 
 def build(library: str, name: str) -> Case:
@@ -124,8 +123,6 @@ def timm_names(pattern: str, few: int | None) -> list[str]:
     from timm.models._registry import _model_to_module
 
     names = timm.list_models(pattern)
-    if few is None:
-        return names
     files: dict[str, list[str]] = {}
     for name in names:
         files.setdefault(_model_to_module[name], []).append(name)
@@ -137,31 +134,27 @@ def timm_names(pattern: str, few: int | None) -> list[str]:
 
 
 def timm_case(name: str) -> Case:
-    import timm
-
-    def made(**shape) -> nn.Module:
-        return timm.create_model(name, num_classes=7, **shape)
-
-    def size(**shape) -> float:
-        try:
-            with torch.device("meta"):
-                return sum(p.numel() for p in made(**shape).parameters())
-        except Exception:
-            return torch.inf
-
-    shapes: list[dict[str, Any]] = [{}, {"depth": 2}, {"num_blocks": 2}, {"depths": (2, 2, 2, 2)}]
-    expected = timm.get_pretrained_cfg(name).input_size
-    if max(expected) > LARGEST_PICTURE and size(img_size=SMALLER_PICTURE) < torch.inf:
-        expected = (3, SMALLER_PICTURE, SMALLER_PICTURE)
-        shapes = [shape | {"img_size": SMALLER_PICTURE} for shape in shapes]
-    sizes = [size(**shape) for shape in shapes]
-    if min(sizes) > MOST_PARAMETERS and sizes[0] is not torch.inf:
-        raise NotBuilt(f"has {min(sizes) / 1e6:.0f} million parameters")
-    model: Any = perturbed(made(**shapes[sizes.index(min(sizes))]))
+    expected, chosen = picture_of(name)
+    try:
+        model: Any = perturbed(smallest(name, num_classes=7, **chosen))
+    except ValueError as error:
+        raise NotBuilt(str(error)) from error
     kind = kind_of(model)
     if kind == "convolutions":
         raise NotBuilt(NOTHING_MIXED)
     return asked(kind, model, torch.randn(1, *expected))
+
+
+def kind_and_structure(library: str, name: str) -> tuple[str, str]:
+    """Of a model of timm, without its weights: models of one structure are one but for their sizes."""
+    if library != "timm":
+        return "", ""
+    try:
+        with torch.device("meta"):
+            model = smallest(name, num_classes=7)
+    except Exception:  # can't be made so; it will be tried with weights
+        return "", ""
+    return kind_of(model), structure(model)
 
 
 def kind_of(model: nn.Module) -> str:
@@ -196,7 +189,7 @@ NO_MODEL_ALONE = "is no model by itself: it drafts words for another one, whose 
 WHY_NOT = {  # where what was raised isn't the reason
     "decoder gemma4_assistant": NO_MODEL_ALONE,
     "decoder gemma4_unified_assistant": NO_MODEL_ALONE,
-    "vision-language llama4": "transformers itself fails on any input: its forward reads image_outputs, which isn't there",
+    "vision-language llama4": "transformers itself fails on any input: forward reads image_outputs, which aren't there",
 }
 WITH_SMALL_PICTURES = ("vision-language", "pair", "video")
 
@@ -260,30 +253,21 @@ def open_clip_case(name: str) -> Case:
 
     name, tower = name.rsplit(" ", 1)
     config = open_clip.get_model_config(name)
-    for part in ("vision_cfg", "text_cfg", "multimodal_cfg"):
-        if isinstance(config.get(part, {}).get("layers"), int):
-            config[part]["layers"] = LAYERS
     vision, text = config["vision_cfg"], config["text_cfg"]
-    if tower == "picture":
-        config["text_cfg"] = dict(layers=1, width=64, heads=1)
-        text = config["text_cfg"] | {"context_length": 77}
-    elif text.get("hf_model_name"):
-        stand_in_for_hub()
-        text["hf_model_pretrained"] = False
-    if tower == "text":
-        config["vision_cfg"] = dict(layers=1, width=64, head_width=64, image_size=32, patch_size=32)
-    elif "timm_model_name" in vision:
-        vision["timm_model_pretrained"] = False
-    custom = config.pop("custom_text", False) or "timm_model_name" in config["vision_cfg"] or "hf_model_name" in text
     config.pop("multimodal_cfg", None)
-    try:
-        with torch.device("meta"):
-            made = (open_clip.CustomTextCLIP if custom else open_clip.CLIP)(**config)
-        if (size := sum(p.numel() for p in made.parameters())) > MOST_PARAMETERS:
-            raise NotBuilt(f"has {size / 1e6:.0f} million parameters")
-    except NotImplementedError:  # can't be made without data; it is small
-        pass
-    model = perturbed((open_clip.CustomTextCLIP if custom else open_clip.CLIP)(**config))
+    for part in (vision, text):
+        part["layers"] = [1, 1, 1, 1] if isinstance(part.get("layers"), list) else LAYERS
+    if tower == "picture":
+        text = config["text_cfg"] = dict(layers=1, width=64, heads=1, vocab_size=WORDS)
+    else:
+        config["vision_cfg"] = vision = dict(layers=1, width=64, head_width=64, image_size=32, patch_size=32)
+        text["vocab_size"] = WORDS
+        if text.get("hf_model_name"):
+            stand_in_for_hub()
+            text["hf_model_pretrained"] = False
+    custom = config.pop("custom_text", False) or "timm_model_name" in vision or "hf_model_name" in text
+    with small_timm():
+        model = perturbed((open_clip.CustomTextCLIP if custom else open_clip.CLIP)(**config))
     if tower == "picture":
         size = vision["image_size"]
         inputs: Tensor = torch.randn(1, 3, *(size if isinstance(size, list | tuple) else (size, size)))
@@ -292,6 +276,23 @@ def open_clip_case(name: str) -> Case:
     with torch.no_grad():
         width = call(model, Inputs(inputs)).shape[-1]
     return Case(tower, model, inputs, torch.randn(width))
+
+
+@contextmanager
+def small_timm() -> Iterator[None]:
+    """Inside, open_clip's towers of timm are shallow."""
+    from open_clip import timm_model
+
+    theirs = timm_model.timm
+
+    def create_model(name: str, pretrained: bool, **given: Any) -> nn.Module:
+        return smallest(name, **given)
+
+    timm_model.timm = SimpleNamespace(create_model=create_model)
+    try:
+        yield
+    finally:
+        timm_model.timm = theirs
 
 
 def stand_in_for_hub() -> None:
