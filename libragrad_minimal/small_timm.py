@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -41,6 +42,7 @@ def smallest(name: str, **given: Any) -> nn.Module:
     return timm.create_model(name, **shapes[sizes.index(min(sizes))], **given)
 
 
+@lru_cache
 def size(name: str, **shape: Any) -> float:
     """How many parameters; infinite for what the model's function doesn't take."""
     import timm

@@ -35,7 +35,7 @@ from .files import only_one, whole_file
 from .layout import first_tokens, layout_of
 from .readout import chosen_rows, explained, kept_rows, rows_of_answer
 from .streams import find_streams, removed, topological
-from .zoo import Case, NotBuilt, build, kind_and_structure
+from .zoo import CONVOLUTIONS, NOTHING_MIXED, Case, NotBuilt, build, kind_and_structure
 
 COLUMNS = (
     "model kind engine engine_detail engine_error attribute attribute_detail attribute_error grid seconds megabytes "
@@ -70,6 +70,8 @@ def verdicts(library: str, name: str, judged: Mapping[str, str] | None = None) -
     """
     started = time.perf_counter()
     kind, structure = kind_and_structure(library, name)
+    if kind == CONVOLUTIONS:
+        return {"engine": NOT_BUILT, "engine_detail": NOTHING_MIXED}
     if structure in (judged or {}):
         twin = f"is {judged[structure]} but for its sizes"  # type: ignore[index]
         return {"kind": kind, "engine": NOT_BUILT, "engine_detail": twin, "structure": structure}

@@ -33,6 +33,7 @@ SMALL_BY_NAME = re.compile(r"nano|tiny|atto|femto|pico|xxs|xs|small|050|035|micr
 LARGE = re.compile(
     r"giant|huge|large|enormous|gigantic|so\d+m|_7b|_[123]b|base|medium|_x?l(_|$)|_x?b(_|$)|\d{3}m|384|512"
 )
+CONVOLUTIONS = "convolutions"
 NOTHING_MIXED = "has no attention, mixer or gated MLP: it isn't asked for"
 
 
@@ -51,11 +52,11 @@ class Case:
     readout: Any = None
 
 
-def registered(library: str, pattern: str = "*", few: int | None = None) -> list[str]:
-    """Names of models. Of timm those first that are small by their names; few: only so many of every file."""
+def registered(library: str, pattern: str = "*") -> list[str]:
+    """Names of models; of timm those first that are small by their names."""
     if library == "timm":
-        names = timm_names(pattern, few)
-    elif library == "transformers":
+        return timm_names(pattern)
+    if library == "transformers":
         names = [name for name in transformers_heads() if fnmatch.fnmatch(name, pattern)]
     elif library == "treated":
         names = [name for name in TREATMENTS if fnmatch.fnmatch(name, pattern)]
@@ -64,7 +65,7 @@ def registered(library: str, pattern: str = "*", few: int | None = None) -> list
 
         towers = (f"{name} {tower}" for name in open_clip.list_models() for tower in ("picture", "text"))
         names = [name for name in towers if fnmatch.fnmatch(name, pattern)]
-    return names if library == "timm" else sorted(names)
+    return sorted(names)
 
 
 def build(library: str, name: str) -> Case:
@@ -118,19 +119,13 @@ def asked(kind: str, model: nn.Module, inputs: Tensor | dict[str, Any]) -> Case:
 # ---- timm ------------------------------------------------------------------------------------------------------------
 
 
-def timm_names(pattern: str, few: int | None) -> list[str]:
+def timm_names(pattern: str) -> list[str]:
     import timm
-    from timm.models._registry import _model_to_module
-
-    names = timm.list_models(pattern)
-    files: dict[str, list[str]] = {}
-    for name in names:
-        files.setdefault(_model_to_module[name], []).append(name)
 
     def order(name: str) -> tuple[bool, bool, str]:
         return bool(LARGE.search(name)), not SMALL_BY_NAME.search(name), name
 
-    return [name for file in files.values() for name in sorted(file, key=order)[:few]]
+    return sorted(timm.list_models(pattern), key=order)
 
 
 def timm_case(name: str) -> Case:
@@ -140,7 +135,7 @@ def timm_case(name: str) -> Case:
     except ValueError as error:
         raise NotBuilt(str(error)) from error
     kind = kind_of(model)
-    if kind == "convolutions":
+    if kind == CONVOLUTIONS:
         raise NotBuilt(NOTHING_MIXED)
     return asked(kind, model, torch.randn(1, *expected))
 
@@ -151,7 +146,7 @@ def kind_and_structure(library: str, name: str) -> tuple[str, str]:
         return "", ""
     try:
         with torch.device("meta"):
-            model = smallest(name, num_classes=7)
+            model = smallest(name, num_classes=7, **picture_of(name)[1])
     except Exception:  # can't be made so; it will be tried with weights
         return "", ""
     return kind_of(model), structure(model)
@@ -162,7 +157,7 @@ def kind_of(model: nn.Module) -> str:
     names = [name for name in {type(module).__name__ for module in model.modules()} if not CHANNELS_ALONE.search(name)]
     if any(map(ATTENTION.search, names)):
         return "attention"
-    return "mixer" if any(map(MIXING.search, names)) else "convolutions"
+    return "mixer" if any(map(MIXING.search, names)) else CONVOLUTIONS
 
 
 # ---- transformers ----------------------------------------------------------------------------------------------------
