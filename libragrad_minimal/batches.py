@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -33,11 +33,12 @@ from .metrics import (
 )
 from .models import LoadedModel
 from .prompts import encode_prompts
-from .targets import Probability
+from .targets import Against, Probability
 
 METRICS = ("completeness", "deletion", "segmentation")
 PROTOCOLS = ("drop", "paint")  # of pictures; tokens of a text are hidden by its attention mask
 TARGETS = ("predicted", "true", "second")
+EXPLAINED = ("logit", "probability", "ahead")  # ahead: the logits with the weights e_c - p
 MAPS = {
     "AP": segmentation_ap,
     "pointing game": pointing_game,
@@ -55,10 +56,10 @@ class Settings:
     data: str
     methods: tuple[str, ...] = ("IxG", "FullGrad+", "AttCAT", "GenAtt", "LeGrad", "Attention Rollout", "Random")
     rules: tuple[str, ...] = ("plain", "libra")
-    metrics: tuple[str, ...] = METRICS
+    metrics: tuple[str, ...] = ()  # none: all that the data allow
     protocols: tuple[str, ...] = PROTOCOLS
     target: str = "predicted"
-    probability: bool = False  # explain the class's probability, not its logit
+    explain: str = "logit"  # of the class: its logit, its probability, or how far it is ahead of the others
     count: int | None = None  # only so many examples, spread evenly over the data set
     batch: int = 8
     threads: int = 1  # of a process on a CPU; their number changes the last digits of sums
@@ -71,13 +72,21 @@ class Settings:
         runs["plain"] = [name for name in self.methods if name in once or name in runs.get("plain", [])]
         return {rules: methods for rules, methods in runs.items() if methods}
 
+    def for_data(self, examples: Sequence[Example]) -> Settings:
+        """These settings with the metrics told: without a mask of each example, no segmentation."""
+        if self.metrics:
+            return self
+        masked = all(example.mask is not None for example in examples)
+        return replace(self, metrics=tuple(name for name in METRICS if masked or name != "segmentation"))
+
     def check(self) -> None:
         for what, chosen, known in (
             ("method", self.methods, METHODS),
             ("set of rules", self.rules, NAMED_RULES),
-            ("metric", self.metrics, METRICS),
+            ("metric", self.metrics or METRICS, METRICS),
             ("protocol", self.protocols, PROTOCOLS),
             ("target", [self.target], TARGETS),
+            ("quantity to explain", [self.explain], EXPLAINED),
         ):
             unknown = [name for name in chosen if name not in known]
             if unknown or not chosen:
@@ -114,11 +123,11 @@ class Subject:
             return model.encode_image(inputs, normalize=True) @ self.texts.T
         return model(inputs)
 
-    def target(self, classes: Tensor, probability: bool = False) -> Any:
+    def target(self, classes: Tensor, explain: str = "logit") -> Any:
         """What `attribute` is asked to explain for these classes (B,)."""
         if self.texts is not None:
             return self.texts[classes]
-        return Probability(classes) if probability else classes
+        return {"logit": classes, "probability": Probability(classes), "ahead": Against(classes, others=None)}[explain]
 
     def scores(self, result: Attribution) -> Tensor:
         return result.scores if self.is_text else result.maps
@@ -249,7 +258,7 @@ def explained(of: Subject, batch: Batch, classes: Tensor, settings: Settings) ->
     """Every method's attribution, on one forward and one backward pass for each set of rules."""
     results: dict[Run, Attribution] = {}
     for rules, methods in settings.runs().items():
-        asked = of.loaded.model, batch.inputs, of.target(classes, settings.probability), methods, NAMED_RULES[rules]
+        asked = of.loaded.model, batch.inputs, of.target(classes, settings.explain), methods, NAMED_RULES[rules]
         for method, result in attribute_many(*asked).items():
             results[method, rules if uses_gradients(method) else ""] = result
     return results
@@ -311,15 +320,17 @@ def check_methods(of: Subject, examples: Sequence[Example], settings: Settings) 
         raise ValueError(f"{settings.data} has no masks: leave the metric segmentation out, --metrics deletion")
     if settings.target == "true" and not all(example.labels for example in examples):
         raise ValueError(f"{settings.data} has no labels of {name}'s classes: take --target predicted")
-    if settings.probability and of.texts is not None:
-        raise ValueError(f"{name} answers with similarities, of which there are no probabilities to explain")
+    if settings.explain != "logit" and of.texts is not None:
+        raise ValueError(
+            f"{name} answers with similarities, of which there are no probabilities: take --explain logit, the default"
+        )
     for example in examples:
         batch, reasons = opened(of, [example], settings)
         if batch is not None:
             break
     else:
         raise ValueError(f"none of the {len(examples)} examples of {settings.data} can be opened; {reasons}")
-    target = of.target(batch.explained(settings.target), settings.probability)
+    target = of.target(batch.explained(settings.target), settings.explain)
     for rules, methods in settings.runs().items():
         for method in methods:
             try:

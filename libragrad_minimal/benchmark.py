@@ -49,6 +49,7 @@ def run(settings: Settings, folder: Path, device_map: str | None = None) -> Path
     number, of, device = place_among_processes()
     of_model = subject(load(settings.model, device, device_map))
     examples = spread(open_data(settings.data, of_model.loaded), settings.count)
+    settings = settings.for_data(examples)
     batches = [examples[start : start + settings.batch] for start in range(0, len(examples), settings.batch)]
     asked = described(settings, examples)
     refuse_other_run(folder, asked)
@@ -132,7 +133,7 @@ def put_together(folder: Path, settings: Settings, batches: int) -> Path:
     about = {
         name: str(value) for name, value in asdict(settings).items() if name in ("model", "data", "target", "seed")
     }
-    about |= {"explained": "probability" if settings.probability else "logit"} | versions()
+    about |= {"explained": settings.explain} | versions()
     for name, value in about.items():
         rows[name] = pd.Categorical([value] * len(rows), [value])
     for name in KEYS:

@@ -455,7 +455,7 @@ def sweep_models(library, pattern, processes, seconds, gigabytes, output) -> int
     "--metrics",
     type=Several(click.Choice(["completeness", "deletion", "segmentation"])),
     metavar="NAME,...",
-    help="Of completeness, deletion, segmentation.  [default: all]",
+    help="Of completeness, deletion, segmentation.  [default: all, segmentation where there are masks]",
 )
 @click.option(
     "--protocol",
@@ -465,7 +465,11 @@ def sweep_models(library, pattern, processes, seconds, gigabytes, output) -> int
     help="Of deletion.  [default: drop,paint]",
 )
 @click.option("--target", type=click.Choice(["predicted", "true", "second"]), help="  [default: predicted]")
-@click.option("--probability", is_flag=True, default=None, help="Explain p(class), not its logit.")
+@click.option(
+    "--explain",
+    type=click.Choice(["logit", "probability", "ahead"]),
+    help="Of the class: its logit, its probability, or how far its logit is ahead of all.  [default: logit]",
+)
 @click.option("--count", type=int, help="Only so many examples, spread evenly.  [default: all]")
 @click.option("--batch", type=int, help="Examples at a time.  [default: 8]")
 @click.option("--threads", type=int, help="CPU threads of a process.  [default: 1, so start more processes]")

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from . import attention_methods, averaged, cams, gradient_methods
+from . import attention_methods, averaged, cams, gradient_methods, occlusions
 from .engine import ALI_LRP, ATTN_LRP, CP_LRP, DECOMPX, LIBRA, PLAIN, Rules
 from .recording import BETWEEN, CONSTANTS, LAYERS, MAP_GRADIENTS, MAPS
 from .scores import Method
@@ -19,6 +19,7 @@ METHODS: dict[str, Method] = {
     "FullGrad": gradient_methods.fullgrad,
     "FullGrad+": gradient_methods.fullgrad_plus,
     "SkipPLUS": gradient_methods.skip_plus,
+    "Occluded FullGrad+": occlusions.occluded_fullgrad_plus,
     "HiResCAM": cams.hirescam,
     "GradCAM": cams.gradcam,
     "XGradCAM": cams.xgradcam,
@@ -66,8 +67,9 @@ def uses_gradients(name: str) -> bool:
     return bool(reads_of(name) - {MAPS, BETWEEN})
 
 
-# Whatever reads gradients beyond those of the first tokens can read means of them.
+# Whatever reads gradients beyond those of the first tokens can read means of them; occlusions make their own runs.
 AVERAGED = [name for name in METHODS if reads_of(name) & {LAYERS, CONSTANTS, MAP_GRADIENTS}]
+AVERAGED.remove("Occluded FullGrad+")
 METHODS |= {f"IG {name}": averaged.integrated(METHODS[name]) for name in AVERAGED}
 METHODS |= {f"SmoothGrad {name}": averaged.smoothed(METHODS[name]) for name in AVERAGED}
 

@@ -35,13 +35,19 @@ class Probability:
 
 @dataclass(frozen=True)
 class Against:
-    """The class's logit less the mean logit of the `others` strongest other classes: why this one and not those?"""
+    """The class's logit less the mean logit of the `others` strongest other classes: why this one and not those?
+
+    others=None is against all classes, each as probable as the model finds it: the weights e_c - p, which are the
+    derivative of the class's log-probability.
+    """
 
     target: int | Tensor  # a class, or (B,) one for each sample
-    others: int = 1
+    others: int | None = 1
 
     def of(self, logits: Tensor) -> Tensor:
         chosen = classes(self.target, logits)
+        if self.others is None:
+            return ((one_hot(chosen, logits) - logits.detach().softmax(-1)) * logits).sum(-1)
         if type(self.others) is not int or not 1 <= self.others < logits.shape[1]:
             raise ValueError(
                 f"there are {logits.shape[1]} classes: set against 1..{logits.shape[1] - 1} of them, "

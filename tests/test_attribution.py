@@ -1,27 +1,18 @@
-"""Every attribution method against something independent: Captum, NumPy, hand-written forward passes, autograd."""
+"""`attribute`: every method on every kind of model, what scores add up to, rules against forward passes by hand."""
 
 from dataclasses import replace
 from functools import partial
 
 import numpy as np
-import open_clip
 import pytest
 import timm
 import torch
 import torch.nn.functional as F
+from models import PICTURES, perturbed, tiny_clip, tiny_gpt2, tiny_hf_vit, tiny_llama, tiny_vit
 from torch import nn
-from transformers import (
-    GPT2Config,
-    GPT2LMHeadModel,
-    GPTNeoXConfig,
-    GPTNeoXForCausalLM,
-    LlamaConfig,
-    LlamaForCausalLM,
-    ViTConfig,
-    ViTForImageClassification,
-)
+from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
-from libragrad_minimal import Against, Probability, libra_grad
+from libragrad_minimal import libra_grad
 from libragrad_minimal.attribution import attribute, attribute_many
 from libragrad_minimal.engine import ALI_LRP, ATTN_LRP, CP_LRP, DECOMPX, LIBRA, PLAIN
 from libragrad_minimal.families import Inputs
@@ -35,43 +26,6 @@ FEW_STEPS = {name: {"steps": 3} for name in METHODS if name.startswith("IG")}
 FEW_STEPS |= {name: {"samples": 3} for name in METHODS if name.startswith("SmoothGrad")}
 
 
-def perturbed(model: nn.Module) -> nn.Module:
-    """Norms and biases that aren't the neutral ones of a fresh model."""
-    torch.manual_seed(0)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.1 * torch.randn_like(parameter))
-    return model.eval()
-
-
-def tiny_vit(**changes) -> nn.Module:
-    config = dict(img_size=32, patch_size=8, embed_dim=24, num_heads=2, depth=3, num_classes=5) | changes
-    return perturbed(timm.models.VisionTransformer(**config))
-
-
-def tiny_llama() -> nn.Module:
-    config = LlamaConfig(
-        vocab_size=30,
-        hidden_size=16,
-        intermediate_size=24,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-    )
-    return perturbed(LlamaForCausalLM(config))
-
-
-def tiny_gpt2() -> nn.Module:
-    config = GPT2Config(vocab_size=30, n_embd=16, n_layer=2, n_head=2, n_positions=8, bos_token_id=0, eos_token_id=0)
-    return perturbed(GPT2LMHeadModel(config))
-
-
-def tiny_clip() -> nn.Module:
-    vision = dict(image_size=32, patch_size=8, width=32, layers=2, head_width=16)
-    text = dict(context_length=8, vocab_size=30, width=32, heads=2, layers=1)
-    return perturbed(open_clip.model.CLIP(embed_dim=16, vision_cfg=vision, text_cfg=text))
-
-
 def tiny_swin() -> nn.Module:
     config = dict(img_size=64, window_size=4, embed_dim=16, depths=(1, 1, 2), num_heads=(1, 2, 2), num_classes=5)
     return perturbed(timm.models.SwinTransformer(**config))
@@ -81,16 +35,10 @@ def tiny_mixer() -> nn.Module:
     return perturbed(timm.models.MlpMixer(num_classes=5, img_size=32, patch_size=8, embed_dim=24, num_blocks=2))
 
 
-def tiny_hf_vit() -> nn.Module:
-    config = dict(hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=24)
-    return perturbed(ViTForImageClassification(ViTConfig(**config, image_size=32, patch_size=8, num_labels=5)))
-
-
 def tiny_siglip() -> nn.Module:
     return tiny_vit(class_token=False, global_pool="map")
 
 
-PICTURES = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(1))
 IDS = torch.tensor([[1, 5, 9, 2, 8, 4], [3, 3, 7, 20, 29, 0]])
 MODELS = {
     "vit": (tiny_vit, PICTURES, 3, (4, 4)),
@@ -98,7 +46,7 @@ MODELS = {
     "siglip": (tiny_siglip, PICTURES, 3, (4, 4)),
     "mean pooling": (partial(tiny_vit, class_token=False, global_pool="avg"), PICTURES, 3, (4, 4)),
     "hf vit": (tiny_hf_vit, PICTURES, 3, (4, 4)),
-    "clip": (tiny_clip, PICTURES, F.normalize(torch.arange(16.0), dim=0), (4, 4)),
+    "clip": (tiny_clip, PICTURES, F.normalize(torch.arange(24.0), dim=0), (4, 4)),
     "swin": (tiny_swin, PICTURES.repeat(1, 1, 2, 2), 3, (16, 16)),
     "mixer": (tiny_mixer, PICTURES, 3, (4, 4)),
     "llama": (tiny_llama, IDS, 7, None),
@@ -180,6 +128,15 @@ def test_padding_gets_exactly_nothing(method):
         torch.testing.assert_close(padded.scores[0, 2:], alone.scores[0], rtol=1e-3, atol=1e-5)
 
 
+def test_legrad_of_padded_text():
+    """The mean token leaves padding out, and classes of each sample's own are read."""
+    model = tiny_llama()
+    mask = torch.tensor([[0, 0, 1, 1, 1, 1], [1, 1, 1, 1, 1, 1]])
+    both = attribute(model, {"input_ids": IDS, "attention_mask": mask}, torch.tensor([7, 9]), "LeGrad").scores
+    alone = attribute(model, IDS[:1, 2:], 7, "LeGrad").scores
+    torch.testing.assert_close(both[0, 2:], alone[0], rtol=1e-4, atol=1e-6)
+
+
 class OwnMask(nn.Module):
     """An encoder that is told of padding by a name of its own, 1 where there is some or where there is none."""
 
@@ -218,7 +175,7 @@ def test_targets_are_linear():
 
 
 def test_clip_explains_the_similarity():
-    model, text = tiny_clip(), F.normalize(torch.arange(16.0), dim=0)
+    model, text = tiny_clip(), F.normalize(torch.arange(24.0), dim=0)
     result = attribute(model, PICTURES, text)
     torch.testing.assert_close(result.output, (F.normalize(model.encode_image(PICTURES), dim=-1) @ text).detach())
 
@@ -254,300 +211,6 @@ def test_frozen_models_give_the_same():
 
 def from_tokens(model, h0):
     return model.forward_head(model.norm(model.blocks(h0)))[:, 3]
-
-
-# ---- NumPy, on a model made by hand with three tokens ----------------------------------------------------------------
-
-
-class HandMadeBlock(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.query, self.key, self.value = (nn.Parameter(torch.randn(2, 4, 2)) for _ in range(3))
-        self.out, self.mix = nn.Parameter(torch.randn(2, 2, 4)), nn.Parameter(torch.randn(4, 4))
-
-    def forward(self, x):
-        q, k, v = (torch.einsum("btc,hcd->bhtd", x, w) for w in (self.query, self.key, self.value))
-        self.map = (q @ k.transpose(-1, -2)).softmax(-1)
-        if self.map.requires_grad:
-            self.map.retain_grad()
-        self.middle = x + torch.einsum("bhtd,hdc->btc", self.map @ v, self.out)
-        return self.middle + (self.middle @ self.mix).relu()
-
-
-class HandMadeModel(nn.Module):
-    """Three tokens of four channels, two heads, two blocks; the first token is read out. Takes tokens as they are."""
-
-    def __init__(self):
-        super().__init__()
-        self.blocks = nn.ModuleList([HandMadeBlock(), HandMadeBlock()])
-        self.head = nn.Parameter(torch.randn(4, 5))
-
-    def forward(self, x):
-        for block in self.blocks:
-            x = block(x)
-        return x[:, 0] @ self.head
-
-
-def as_numpy(model, x):
-    """h (tokens), g (their gradients), A (attention maps), dA (their gradients), m (tokens after attention)."""
-    h = x.clone().requires_grad_()
-    h.retain_grad()
-    tokens = [h]
-    for block in model.blocks:
-        tokens.append(block(tokens[-1]))
-        tokens[-1].retain_grad()
-    (tokens[-1][:, 0] @ model.head)[0, 2].backward()
-    return {
-        "h": [t.detach()[0].numpy() for t in tokens],
-        "g": [t.grad[0].numpy() for t in tokens],
-        "A": [b.map.detach()[0].numpy() for b in model.blocks],
-        "dA": [b.map.grad[0].numpy() for b in model.blocks],
-        "m": [b.middle.detach()[0].numpy() for b in model.blocks],
-    }
-
-
-@pytest.fixture
-def three_tokens():
-    """The model, its input, and what `as_numpy` says of it."""
-    model, x = HandMadeModel().eval(), torch.randn(1, 3, 4)
-    return model, x, as_numpy(model, x)
-
-
-def ours(model, x, method, **options):
-    return attribute(model, x, 2, method, PLAIN, **options).scores[0].numpy()
-
-
-def numpy_rollout(fused, discard=0.0):
-    result = np.eye(3)
-    for a in fused:
-        a = a.copy()
-        order = [i for i in np.argsort(a.ravel(), kind="stable")[: int(discard * 9)] if i != 0]
-        a.ravel()[order] = 0
-        a = (a + np.eye(3)) / 2
-        result = (a / a.sum(-1, keepdims=True)) @ result
-    return result[0]
-
-
-@pytest.mark.parametrize("fusion", ["mean", "max", "min"])
-@pytest.mark.parametrize("discard", [0.0, 0.5, 0.9])
-def test_rollout(three_tokens, fusion, discard):
-    model, x, n = three_tokens
-    expected = numpy_rollout([getattr(np, fusion)(a, 0) for a in n["A"]], discard)
-    got = ours(model, x, "Attention Rollout", head_fusion=fusion, discard_ratio=discard)
-    np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-6)
-
-
-def test_raw_attention(three_tokens):
-    model, x, n = three_tokens
-    np.testing.assert_allclose(ours(model, x, "RawAtt"), n["A"][-1].mean(0)[0], rtol=1e-5)
-
-
-def positive(n):
-    return [np.maximum(a * d, 0).mean(0) for a, d in zip(n["A"], n["dA"], strict=True)]
-
-
-def positive_mean(n):
-    return [np.maximum((a * d).mean(0), 0) for a, d in zip(n["A"], n["dA"], strict=True)]
-
-
-def numpy_genatt(n):
-    r = np.eye(3)
-    for product in positive(n):
-        r = r + product @ r
-    return r[0]
-
-
-def numpy_tokentm(n):
-    def w(e, f):
-        length_e, length_f = np.linalg.norm(e, axis=-1), np.linalg.norm(f, axis=-1)
-        cosine = np.exp((e * f).sum(-1) / length_e / length_f)
-        return length_f / length_e * cosine / cosine.sum()
-
-    c = np.diag(np.linalg.norm(n["h"][0], axis=-1))
-    for i in range(2):
-        attention = n["A"][i].mean(0) @ np.diag(w(n["h"][i], n["m"][i])) * np.maximum(n["dA"][i], 0).mean(0)
-        c = (np.eye(3) + np.diag(w(n["m"][i], n["h"][i + 1]))) @ (np.eye(3) + attention) @ c
-    return c[0]
-
-
-def numpy_cam(n, layers, weight):
-    """weight(h, g) of one channel of one layer, numbers for each token."""
-    result = np.zeros(3)
-    for layer in layers:
-        for h, g in zip(n["h"][layer].T, n["g"][layer].T, strict=True):
-            result += weight(h, g) * h
-    return result
-
-
-def numpy_gradcam_plus_plus(h, g):
-    return sum(d**2 / (2 * d**2 + d**3 * h.sum()) * d for d in g.astype(float) if d > 0)
-
-
-IN_NUMPY = {  # the hand-made model adds no constants
-    "IxG": lambda n: (n["h"][0] * n["g"][0]).sum(-1),
-    "FullGrad": lambda n: (n["h"][0] * n["g"][0]).sum(-1),
-    "FullGrad+": lambda n: sum((n["h"][i] * n["g"][i]).sum(-1) for i in range(2)) / 2,  # a mean, where not of pictures
-    "HiResCAM": lambda n: (n["h"][1] * n["g"][1]).sum(-1),
-    "SkipPLUS": lambda n: (n["h"][1] * n["g"][1]).sum(-1),
-    "GradCAM": lambda n: numpy_cam(n, [1], lambda h, g: g.mean()),
-    "XGradCAM": lambda n: numpy_cam(n, [1], lambda h, g: g @ h / h.sum()),
-    "GradCAM++": lambda n: numpy_cam(n, [1], numpy_gradcam_plus_plus),
-    "GradCAM+": lambda n: numpy_cam(n, [0, 1], lambda h, g: g.mean()),
-    "XGradCAM+": lambda n: numpy_cam(n, [0, 1], lambda h, g: g @ np.abs(h) / np.abs(h).sum()),
-    "AttCAT": lambda n: sum(n["A"][i].mean((0, 1)) * (n["h"][i + 1] * n["g"][i + 1]).sum(-1) for i in range(2)),
-    "GenAtt": numpy_genatt,
-    "TokenTM": numpy_tokentm,
-    "Gradient Attention Rollout": lambda n: numpy_rollout(positive_mean(n)),
-}
-
-
-@pytest.mark.parametrize("method", IN_NUMPY)
-def test_methods_of_gradients(three_tokens, method):
-    model, x, n = three_tokens
-    np.testing.assert_allclose(ours(model, x, method), IN_NUMPY[method](n), rtol=1e-5, atol=1e-6)
-
-
-@pytest.mark.parametrize("method", AVERAGED)
-def test_methods_combined_with_integrated_gradients(three_tokens, method):
-    """The same formulas, with gradients averaged in NumPy over models run on 1/8, 3/8, 5/8 and 7/8 of the input."""
-    model, x, n = three_tokens
-    path = [as_numpy(model, fraction * x) for fraction in (0.125, 0.375, 0.625, 0.875)]
-    averaged = {name: [np.mean(parts, 0) for parts in zip(*(p[name] for p in path), strict=True)] for name in n}
-    expected = IN_NUMPY[method](n | {"g": averaged["g"], "dA": averaged["dA"]})
-    assert np.abs(expected - IN_NUMPY[method](n)).max() > 1e-3, "a check that can't fail is no check"
-    scale = np.abs(expected).max()
-    np.testing.assert_allclose(ours(model, x, f"IG {method}", steps=4) / scale, expected / scale, rtol=0, atol=1e-5)
-
-
-@pytest.mark.parametrize("discard", [0.5, 0.9])
-def test_gradient_rollout_discards(three_tokens, discard):
-    model, x, n = three_tokens
-    got = ours(model, x, "Gradient Attention Rollout", discard_ratio=discard)
-    np.testing.assert_allclose(got, numpy_rollout(positive_mean(n), discard), rtol=1e-5, atol=1e-6)
-
-
-@pytest.mark.parametrize("method, pool", [("LeGrad", lambda h: h.mean(1)), ("LeGrad class token", lambda h: h[:, 0])])
-@pytest.mark.parametrize("layers", [(0, 1), (0,), (-1,)])
-def test_legrad(three_tokens, method, pool, layers):
-    model, x, _ = three_tokens
-    expected = 0
-    for layer in layers:
-        h = x
-        for earlier in model.blocks[: layer % 2 + 1]:
-            h = earlier(h)
-        (gradient,) = torch.autograd.grad((pool(h) @ model.head)[0, 2], model.blocks[layer].map)
-        expected = expected + gradient[0].relu().mean((0, 1)).numpy()
-    np.testing.assert_allclose(ours(model, x, method, layers=layers), expected, rtol=1e-5, atol=1e-6)
-    np.testing.assert_allclose(ours(model, x, method, layers=layers), expected, rtol=1e-5, atol=1e-6)
-
-
-def test_mean_row_where_no_token_is_the_readout(three_tokens):
-    model, x, n = three_tokens
-    model.forward = lambda x: model.blocks[1](model.blocks[0](x)).mean(1) @ model.head
-    np.testing.assert_allclose(ours(model, x, "RawAtt"), n["A"][-1].mean(0).mean(0), rtol=1e-5)
-
-
-# ---- definitions, checked by hand ------------------------------------------------------------------------------------
-
-
-class Sum(nn.Module):
-    """Blocks that change nothing, and the sum of all tokens as the only logit: g is 1 everywhere."""
-
-    def __init__(self):
-        super().__init__()
-        self.blocks = nn.ModuleList([nn.Identity(), nn.Identity()])
-
-    def forward(self, x):
-        return self.blocks[1](self.blocks[0](x)).sum((1, 2))[:, None]
-
-
-@pytest.mark.parametrize("method, layers", [("XGradCAM+", 2), ("GradCAM+", 2), ("XGradCAM", 1), ("GradCAM", 1)])
-def test_a_negative_channel_speaks_against(method, layers):
-    """h = -1 and g = +1 everywhere: each of four channels has weight +1 and gives -1."""
-    result = attribute(Sum().eval(), -torch.ones(1, 3, 4), 0, method, blocks="blocks")
-    torch.testing.assert_close(result.scores, torch.full((1, 3), -4.0 * layers))
-
-
-def test_xgradcam_plus_equals_fu_et_al_where_a_channel_keeps_its_sign():
-    model = Sum().eval()
-    x = torch.tensor([[[1.0, -2], [3, -1], [2, -5]]])
-    plus = attribute(model, x, 0, "XGradCAM+", blocks="blocks", layers=[-1])
-    torch.testing.assert_close(plus.scores, attribute(model, x, 0, "XGradCAM", blocks="blocks").scores)
-
-
-def test_saliency_is_the_largest_derivative():
-    model = Sum().eval()
-    model.forward = lambda x: (model.blocks[1](model.blocks[0](x)) * torch.tensor([1.0, -3, 2])).sum((1, 2))[:, None]
-    torch.testing.assert_close(
-        attribute(model, torch.randn(1, 2, 3), 0, "Saliency", blocks="blocks").scores, torch.full((1, 2), 3.0)
-    )
-
-
-def one_block():
-    model = HandMadeModel().eval()
-    model.blocks = model.blocks[:1]
-    return model, torch.randn(1, 3, 4)
-
-
-@pytest.mark.parametrize("method", ["GenAtt", "Gradient Attention Rollout", "TokenTM"])
-def test_attnlrp_leaves_the_gradient_of_the_last_map_whole(method):
-    """Between the only block's map and the logit lie linear layers and a ReLU, which no rule changes."""
-    model, x = one_block()
-    plain, halved = (attribute(model, x, 2, method, rules, blocks="blocks") for rules in (PLAIN, ATTN_LRP))
-    torch.testing.assert_close(halved.scores, plain.scores)
-
-
-def test_gradient_rollout_clamps_after_the_mean_over_heads():
-    """Where one head speaks for and another as strongly against, nothing is left."""
-    model, x = one_block()
-    with torch.no_grad():
-        for weight in (model.blocks[0].query, model.blocks[0].key, model.blocks[0].value):
-            weight[1] = weight[0]
-        model.blocks[0].out[1] = -model.blocks[0].out[0]
-    scores = attribute(model, x, 2, "Gradient Attention Rollout", blocks="blocks").scores
-    torch.testing.assert_close(scores, torch.tensor([[1.0, 0, 0]]), atol=1e-6, rtol=0)
-
-
-def test_a_class_token_that_is_not_read_has_no_weight():
-    model = tiny_vit(global_pool="avg")
-    (last,) = record(Request(model, Inputs(PICTURES), 3, reads=frozenset({MAPS}))).attention[-1:]
-    expected = last.mean(1)[:, 1:].mean(1)[:, 1:]  # rows and columns of the patches
-    torch.testing.assert_close(attribute(model, PICTURES, 3, "RawAtt").scores, expected)
-
-
-def test_legrad_runs_every_block_once():
-    model, passes = tiny_vit(), []
-    for block in model.blocks:
-        block.mlp.register_forward_hook(lambda *_: passes.append("forward"))
-        block.attn.qkv.register_full_backward_hook(lambda *_: passes.append("backward"))
-    attribute(model, PICTURES, 3, "IxG")  # the layout is asked for once
-    passes.clear()
-    attribute(model, PICTURES, 3, "LeGrad")
-    assert passes.count("forward") == 3 and passes.count("backward") <= 3
-    assert not any("forward" in vars(module) for module in model.modules())
-
-
-def test_legrad_reads_the_mean_token_by_the_models_own_head():
-    model, maps = tiny_vit(), []
-    for block in model.blocks:
-        block.attn.fused_attn = False
-        block.attn.attn_drop.register_forward_pre_hook(lambda module, args: maps.append(args[0]))
-    h, expected = model._pos_embed(model.patch_embed(PICTURES)), 0
-    for block in model.blocks:
-        h = block(h)
-        answer = model.forward_head(model.norm(h.mean(1, keepdim=True)))[:, 3].sum()
-        (gradient,) = torch.autograd.grad(answer, maps[-1], retain_graph=True)
-        expected = expected + gradient.relu().mean((1, 2))[:, 1:]
-    torch.testing.assert_close(attribute(model, PICTURES, 3, "LeGrad", PLAIN).scores, expected, rtol=1e-4, atol=1e-7)
-
-
-def test_legrad_of_padded_text():
-    """The mean token leaves padding out, and classes of each sample's own are read."""
-    model = tiny_llama()
-    mask = torch.tensor([[0, 0, 1, 1, 1, 1], [1, 1, 1, 1, 1, 1]])
-    both = attribute(model, {"input_ids": IDS, "attention_mask": mask}, torch.tensor([7, 9]), "LeGrad").scores
-    alone = attribute(model, IDS[:1, 2:], 7, "LeGrad").scores
-    torch.testing.assert_close(both[0, 2:], alone[0], rtol=1e-4, atol=1e-6)
 
 
 # ---- what attributions add up to -------------------------------------------------------------------------------------
@@ -619,41 +282,11 @@ def test_integrated_gradients_run_plain_unless_told_otherwise():
     torch.testing.assert_close(many["IG"].scores, default.scores)
 
 
-# ---- targets beside a logit ------------------------------------------------------------------------------------------
-
-
-def test_probability_has_its_own_gradient_under_every_rule_set():
-    model = tiny_vit()
-    h0 = model._pos_embed(model.patch_embed(PICTURES)).detach().requires_grad_()
-    p = model.forward_head(model.norm(model.blocks(h0))).softmax(-1)
-    (gradient,) = torch.autograd.grad(p[:, 3].sum(), h0)
-    plain = attribute(model, PICTURES, Probability(3), "IxG", PLAIN)
-    torch.testing.assert_close(plain.output, p[:, 3].detach())
-    torch.testing.assert_close(plain.scores, (h0 * gradient).sum(-1)[:, 1:].detach(), rtol=1e-4, atol=1e-6)
-    weights = p[:, 3:4] * (F.one_hot(torch.tensor(3), 5) - p)
-    libra = attribute(model, PICTURES, Probability(3))
-    torch.testing.assert_close(libra.scores, attribute(model, PICTURES, weights.detach()).scores, rtol=1e-4, atol=1e-6)
-    assert (libra.completeness_error < 1e-5).all()
-
-
-def test_against_the_strongest_others():
-    model = tiny_vit()
-    logits = model(PICTURES).detach()
-    expected = torch.stack([z[3] - np.mean(sorted(z[[0, 1, 2, 4]].tolist())[-2:]) for z in logits])
-    result = attribute(model, PICTURES, Against(torch.tensor([3, 3]), others=2))
-    torch.testing.assert_close(result.output, expected.float())
-    assert (result.completeness_error < 1e-5).all()
-    with pytest.raises(ValueError, match=r"1\.\.4"):
-        attribute(model, PICTURES, Against(3, others=5))
-    text = attribute(tiny_llama(), IDS, Against(7, others=3))
-    assert (text.completeness_error < 1e-5).all()
-
-
 # ---- where the tokens begin ------------------------------------------------------------------------------------------
 
 
 def test_tokens_before_the_first_norm_of_clip():
-    model, text = tiny_clip(), F.normalize(torch.arange(16.0), dim=0)
+    model, text = tiny_clip(), F.normalize(torch.arange(24.0), dim=0)
     before = []
     with model.visual.ln_pre.register_forward_pre_hook(lambda module, args: before.append(args[0].detach())):
         model.encode_image(PICTURES)
@@ -668,70 +301,6 @@ def test_tokens_before_the_first_norm_of_clip():
         assert attribute(model, PICTURES, text, method, start="visual.ln_pre").scores.isfinite().all()
     with pytest.raises(ValueError, match="doesn't run before the first block"):
         attribute(model, PICTURES, text, "IxG", start="visual.ln_post")
-
-
-# ---- the four defects of the well-known gradient rollout script ------------------------------------------------------
-# Each check passes on our method and fails on a version of it that has the defect.
-
-
-def script(model, x, defect, state=None):
-    """Gradient rollout as a recorder of maps and gradients would do it, with one of the script's defects."""
-    maps, gradients = state if defect == "state" else ([], [])
-    logit = model(x)[0, 2]
-    fresh = [block.map for block in model.blocks]
-    maps += [m.detach()[0].numpy() for m in fresh]
-    found = [g[0].numpy() for g in torch.autograd.grad(logit, fresh)]
-    gradients += found[::-1] if defect == "order" else found
-    result = np.eye(3)
-    for a, d in zip(maps, gradients, strict=True):
-        a = (np.maximum((a * d).mean(0), 0) + np.eye(3)) / 2
-        a = a / (a.sum(-1) if defect == "keepdim" else a.sum(-1, keepdims=True))
-        result = a @ result
-    return result[0]
-
-
-def check_order(rollout, model, x, n):
-    np.testing.assert_allclose(rollout(model, x), numpy_rollout(positive_mean(n)), rtol=1e-5, atol=1e-6)
-
-
-def check_state(rollout, model, x, n):
-    first = rollout(model, x)
-    rollout(model, torch.randn(1, 3, 4))
-    np.testing.assert_allclose(rollout(model, x), first, rtol=1e-6)
-
-
-def check_rows_sum_to_one(rollout, model, x, n):
-    assert rollout(model, x).sum() == pytest.approx(1, abs=1e-5)
-
-
-@pytest.mark.parametrize(
-    "defect, check", [("order", check_order), ("state", check_state), ("keepdim", check_rows_sum_to_one)]
-)
-def test_gradient_rollout_lacks_the_scripts_defect(three_tokens, defect, check):
-    model, x, n = three_tokens
-    check(partial(ours, method="Gradient Attention Rollout"), model, x, n)
-    check(partial(script, defect=None), model, x, n)
-    with pytest.raises(AssertionError):
-        check(partial(script, defect=defect, state=([], [])), model, x, n)
-
-
-def test_fused_attention_is_seen_too():
-    """The script hooks `attn_drop`, which never runs when attention is fused: it records nothing at all."""
-    model = tiny_vit()
-    maps = []
-    for block in model.blocks:
-        block.attn.attn_drop.register_forward_hook(lambda module, args, result: maps.append(result.detach()))
-    model(PICTURES)
-    assert not maps, "fused attention hides from the script"
-    fused = attribute(model, PICTURES, 3, "Gradient Attention Rollout").scores
-    for block in model.blocks:
-        block.attn.fused_attn = False
-    model(PICTURES)
-    assert len(maps) == 3
-    torch.testing.assert_close(attribute(model, PICTURES, 3, "Gradient Attention Rollout").scores, fused)
-    run = record(Request(model, Inputs(PICTURES), 3, reads=frozenset({MAPS})))
-    for seen, expected in zip(run.attention, maps[:3], strict=True):
-        torch.testing.assert_close(seen, expected)
 
 
 # ---- rules re-derived ------------------------------------------------------------------------------------------------

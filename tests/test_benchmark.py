@@ -255,6 +255,18 @@ def test_file_that_is_gone_when_its_turn_comes(odd_folder, tmp_path, monkeypatch
     )
 
 
+def test_metrics_that_nobody_named_are_those_the_data_allow(odd_folder, tmp_path):
+    """A folder of pictures has no masks, scenes have: segmentation is measured of scenes only."""
+    few = {"methods": ("IxG",), "rules": ("plain",), "protocols": ("drop",), "explain": "ahead"}
+    run(Settings("vit", f"imagenet:{odd_folder}", **few), tmp_path / "folder")
+    run(Settings("vit", "scenes:2", **few), tmp_path / "scenes")
+    without, with_masks = (set(read_table(tmp_path / name)["metric"]) for name in ("folder", "scenes"))
+    assert "AP" in with_masks and "AP" not in without and "SRG" in without
+    with pytest.raises(ValueError, match="has no masks"):
+        run(Settings("vit", f"imagenet:{odd_folder}", **few, metrics=("segmentation",)), tmp_path / "asked")
+    assert set(read_table(tmp_path / "scenes")["explained"]) == {"ahead"}
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -264,7 +276,7 @@ def test_file_that_is_gone_when_its_turn_comes(odd_folder, tmp_path, monkeypatch
         (["--model", "no-such-model"], "no-such-model"),
         (["--methods", "Oracle"], "unknown method 'Oracle'"),
         (["--data", ""], "needs --model and --data"),
-        (["--model", "clip", "--probability"], "there are no probabilities to explain"),
+        (["--model", "clip", "--explain", "probability"], "of which there are no probabilities"),
         (["--device-map", "auto"], "the demo vit is too small for that"),
     ],
 )

@@ -12,8 +12,8 @@ import pytest
 import timm
 import torch
 import transformers
+from models import IDS, LLAMA, PICTURES, TEXT, perturbed, tiny_bert, tiny_gpt2, tiny_llama, tiny_vit
 from scipy.stats import pearsonr
-from small_models import IDS, PICTURES, TEXT, perturbed
 from torch import nn
 
 from libragrad_minimal import LIBRA, PLAIN, circuits
@@ -22,21 +22,11 @@ from libragrad_minimal.models import DATA, load_demo
 
 CLEAN = {"input_ids": IDS[:1]}
 CORRUPT = {"input_ids": torch.cat([IDS[:1, :3], IDS[1:, 3:4], IDS[:1, 4:]], dim=1)}
-LLAMA = {**TEXT, "num_key_value_heads": 2}
 SITES = ("attention", "mlp", "residual", "heads", "neurons")
 
 
 def metric(logits):
     return logits[..., 3] - logits[..., 4]
-
-
-def llama(**changes):
-    return perturbed(transformers.LlamaForCausalLM(transformers.LlamaConfig(**{**LLAMA, **changes})))
-
-
-def gpt2():
-    config = transformers.GPT2Config(n_embd=32, n_layer=2, n_head=4, vocab_size=200, n_positions=32)
-    return perturbed(transformers.GPT2LMHeadModel(config))
 
 
 def gpt_neox():
@@ -67,24 +57,19 @@ def bloom():
     return perturbed(transformers.BloomForCausalLM(config))
 
 
-def bert():
-    return perturbed(transformers.BertForMaskedLM(transformers.BertConfig(**TEXT)))
-
-
 def albert():
     config = transformers.AlbertConfig(**TEXT, embedding_size=32)
     return perturbed(transformers.AlbertForMaskedLM(config))
 
 
 def vit(**changes):
-    config = dict(img_size=32, patch_size=8, embed_dim=32, num_heads=4, depth=2, num_classes=5, init_values=0.5)
-    return perturbed(timm.models.VisionTransformer(**config | changes))
+    return tiny_vit(**dict(embed_dim=32, num_heads=4, depth=2, init_values=0.5) | changes)
 
 
 # How a reader of the model's code names its parts: what adds to the stream, and what two of its layers are given.
 NAMES = {  # blocks, attention, MLP, heads' projection, neurons' matrix
-    llama: ("model.layers.{}", "self_attn.o_proj", "mlp.down_proj", "self_attn.o_proj", "mlp.down_proj"),
-    gpt2: ("transformer.h.{}", "attn.c_proj", "mlp.c_proj", "attn.c_proj", "mlp.c_proj"),
+    tiny_llama: ("model.layers.{}", "self_attn.o_proj", "mlp.down_proj", "self_attn.o_proj", "mlp.down_proj"),
+    tiny_gpt2: ("transformer.h.{}", "attn.c_proj", "mlp.c_proj", "attn.c_proj", "mlp.c_proj"),
     gpt_neox: (
         "gpt_neox.layers.{}",
         "attention.dense",
@@ -114,7 +99,7 @@ NAMES = {  # blocks, attention, MLP, heads' projection, neurons' matrix
         "self_attention.dense",
         "mlp.dense_4h_to_h",
     ),
-    bert: (
+    tiny_bert: (
         "bert.encoder.layer.{}",
         "attention.output.dense",
         "output.dense",
@@ -220,7 +205,7 @@ def test_patching_on_the_demo_llama(sites):
 
     result = patching(demo.model, clean, corrupt, blue_over_green, sites)
     assert result.clean > 5 and result.corrupt < -5
-    names = NAMES[llama]
+    names = NAMES[tiny_llama]
     part = dict(attention=names[1], mlp=names[2], heads=names[3], residual="")[sites]
     modules = [block.get_submodule(part) for block in demo.blocks]
     groups = 4 if sites == "heads" else 1
@@ -251,13 +236,13 @@ def test_blocks_that_share_their_weights():
 
 @pytest.mark.parametrize("sites", SITES)
 def test_the_same_prompt_changes_nothing(sites):
-    model = llama()
+    model = tiny_llama()
     for method in (patching, attribution_patching):
         assert method(model, CLEAN, CLEAN, metric, sites).effect.count_nonzero() == 0
 
 
 def test_all_of_the_stream_is_the_other_prompt():
-    model = gpt2()
+    model = tiny_gpt2()
     everything = torch.ones(1, 2, 9, dtype=torch.bool)
     for layer in range(2):
         one = everything.clone()
@@ -268,7 +253,7 @@ def test_all_of_the_stream_is_the_other_prompt():
 
 def test_sets_of_parts():
     """A set of one part is that part; all heads, or neurons, together are what they add up to; sets join sites."""
-    model = llama()
+    model = tiny_llama()
     single = patching(model, CLEAN, CORRUPT, metric, "heads")
     places = single.effect.abs().flatten().argsort(descending=True)[:5]
     masks = torch.zeros(5, single.effect.numel(), dtype=torch.bool)
@@ -288,7 +273,7 @@ def test_sets_of_parts():
 
 
 def test_only_some_parts():
-    model = llama()
+    model = tiny_llama()
     whole = patching(model, CLEAN, CORRUPT, metric, "heads")
     only = torch.zeros_like(whole.effect, dtype=torch.bool)
     for index in whole.strongest(7):
@@ -301,7 +286,7 @@ def test_only_some_parts():
 
 def test_memory_is_bounded(monkeypatch):
     """However many parts there are, no run holds more tokens than allowed, and the effects are the same."""
-    model, widths = llama(), []
+    model, widths = tiny_llama(), []
     whole = patching(model, CLEAN, CORRUPT, metric, "heads").effect
     monkeypatch.setattr(circuits, "TOKENS_AT_ONCE", 40)
     hook = model.model.norm.register_forward_hook(lambda module, args, result: widths.append(result.shape[:2].numel()))
@@ -311,7 +296,7 @@ def test_memory_is_bounded(monkeypatch):
 
 
 def test_the_model_is_left_alone():
-    model = llama()
+    model = tiny_llama()
     before = answer_of(model, CLEAN)
     for sites in SITES:
         patching(model, CLEAN, CORRUPT, metric, sites)
@@ -397,7 +382,7 @@ def test_on_a_linear_model_the_estimate_is_the_truth_and_gradient_times_differen
 
 
 @pytest.mark.parametrize("sites", SITES)
-@pytest.mark.parametrize("build", [gpt2, gpt_neox, opt], ids=lambda build: build.__name__)
+@pytest.mark.parametrize("build", [tiny_gpt2, gpt_neox, opt], ids=lambda build: build.__name__)
 def test_plain_estimates_are_derivatives(build, sites):
     """For a small change of the prompt they are the truth, but for an error of second order."""
     model = build().double()
@@ -416,7 +401,7 @@ def test_plain_estimates_are_derivatives(build, sites):
 def test_balanced_estimates_of_a_layer_add_up():
     """From a prompt of nothing to the clean one: without biases, at every layer, all that the answer is; plain ones
     don't."""
-    model = llama().double()
+    model = tiny_llama().double()
     embeddings = 3 * model.get_input_embeddings()(IDS[:1]).detach()
     pair = {"inputs_embeds": embeddings}, {"inputs_embeds": torch.zeros_like(embeddings)}
     for rules, complete in ((LIBRA, True), (PLAIN, False)):
@@ -430,7 +415,7 @@ def test_balanced_estimates_of_a_layer_add_up():
 
 
 def test_prompts_that_cannot_be_compared():
-    model = llama()
+    model = tiny_llama()
     longer = {"input_ids": torch.cat([IDS[:1], IDS[:1, :2]], dim=1)}
     with pytest.raises(ValueError, match="clean has 9 tokens and corrupt 11.*rewrite one.*equally long"):
         patching(model, CLEAN, longer, metric)
@@ -451,7 +436,7 @@ def test_prompts_that_cannot_be_compared():
 
 
 def test_requests_that_cannot_be_met():
-    model = llama()
+    model = tiny_llama()
     with pytest.raises(ValueError, match="sites are one of attention, mlp, residual, heads, neurons, got 'head'"):
         patching(model, CLEAN, CORRUPT, metric, "head")
     for wrong in (lambda logits: logits, lambda logits: 1.0, lambda logits: logits[..., 3].sum()):
@@ -499,7 +484,7 @@ class Mixed(nn.Module):
 
 def test_samples_that_mix_are_refused():
     with pytest.raises(ValueError, match="its samples mix"):
-        patching(Mixed(llama()).eval(), CLEAN, CORRUPT, metric)
+        patching(Mixed(tiny_llama()).eval(), CLEAN, CORRUPT, metric)
 
 
 @pytest.mark.slow

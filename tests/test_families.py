@@ -4,11 +4,10 @@ import contextlib
 import copy
 
 import pytest
-import timm
 import torch
 import transformers
 from measuring import memory
-from small_models import IDS, PICTURES, TEXT, perturbed
+from models import IDS, PICTURES, TEXT, tiny_llama, tiny_vit
 
 from libragrad_minimal import Against, Probability, UnsupportedOperation, attribute, libra_grad
 from libragrad_minimal.attribution import attribute_many
@@ -17,14 +16,12 @@ from libragrad_minimal.treatments import TREATMENTS
 
 
 def picture_model():
-    config = dict(img_size=32, patch_size=8, embed_dim=24, num_heads=2, depth=2, num_classes=5)
-    return perturbed(timm.models.VisionTransformer(**config))
+    return tiny_vit(depth=2)
 
 
 def text_model(**changes):
     torch.manual_seed(0)
-    config = transformers.LlamaConfig(**TEXT, num_key_value_heads=2, max_position_embeddings=16, **changes)
-    return perturbed(transformers.LlamaForCausalLM(config))
+    return tiny_llama(max_position_embeddings=16, **changes)
 
 
 NOTHING = torch.zeros_like(IDS)

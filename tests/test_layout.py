@@ -4,8 +4,8 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
-from small_models import IDS, PICTURES, TEXT, VISION, correlation, perturbed, pixel_relevance
-from torch import nn
+from models import IDS, PICTURES, TEXT, VISION, perturbed, tiny_vit
+from torch import Tensor, nn
 from transformers import (
     ASTConfig,
     ASTForAudioClassification,
@@ -27,9 +27,15 @@ from transformers import (
 from libragrad_minimal import PLAIN, attribute, libra_grad
 
 
-def tiny_vit(**changes) -> nn.Module:
-    config = dict(img_size=32, patch_size=8, embed_dim=24, num_heads=2, depth=2, num_classes=5) | changes
-    return perturbed(timm.models.VisionTransformer(**config))
+def pixel_relevance(logit_of, pictures: Tensor, patch: int) -> Tensor:
+    """(B, rows, columns): balanced input x gradient of every pixel, summed over patches."""
+    pixels = pictures.clone().requires_grad_()
+    (gradient,) = libra_grad(logit_of(pixels), pixels)
+    return patch**2 * nn.functional.avg_pool2d((gradient * pixels).sum(1), patch).detach()
+
+
+def correlation(a: Tensor, b: Tensor) -> float:
+    return torch.corrcoef(torch.stack([a.flatten(), b.flatten()]))[0, 1].item()
 
 
 def assert_map_lies_on_pixels(model, inputs, pictures, logit_of, patch=8):

@@ -8,9 +8,8 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-import timm
 import torch
-from small_models import perturbed
+from models import tiny_vit
 
 from libragrad_minimal import LIBRA, PLAIN, additive_constants, attribute, libra_grad, observed
 from libragrad_minimal.engine import backward
@@ -20,7 +19,7 @@ PICTURES = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
 
 @pytest.fixture(scope="module")
 def model() -> torch.nn.Module:
-    return perturbed(timm.models.VisionTransformer(img_size=16, patch_size=8, embed_dim=16, num_heads=2, depth=2))
+    return tiny_vit(img_size=16, embed_dim=16, depth=2)
 
 
 def gradient(model, rules=LIBRA) -> torch.Tensor:

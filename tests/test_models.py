@@ -1,18 +1,13 @@
-"""Loading models: what is said about them holds, and a missing or damaged file is named with its cure."""
-
-import shutil
+"""Loading models: what is said about them holds; their files are test_checkpoints.py's."""
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
 from timm import layers
 from timm.models import beit, mlp_mixer, vision_transformer
 from torch import nn
 
-from libragrad_minimal import models
 from libragrad_minimal.demo_vits import VITS
 from libragrad_minimal.models import DATA, load_demo, load_pretrained
 from libragrad_minimal.photographs import photograph
@@ -90,57 +85,6 @@ def test_the_demo_transform_keeps_pixels_and_cuts_the_middle():
 def test_unknown_kinds_are_named(load):
     with pytest.raises(ValueError, match="unknown kind of model 'mlp'; there are vit"):
         load("mlp")
-
-
-@pytest.fixture
-def checkpoint(tmp_path, monkeypatch):
-    """A copy of the demo ViT's file that a test may damage."""
-    path = tmp_path / "demo_vit.safetensors"
-    shutil.copy(models.DATA / path.name, path)
-    monkeypatch.setattr(models, "DATA", tmp_path)
-    return path
-
-
-def assert_load_fails(error, path, reason):
-    with pytest.raises(error) as caught:
-        load_demo("vit")
-    message = str(caught.value)
-    assert str(path) in message and reason in message
-    assert "python data/train_vits.py vit`" in message and "git checkout -- data/demo_vit.safetensors" in message
-
-
-def test_missing_checkpoint(checkpoint):
-    checkpoint.unlink()
-    assert_load_fails(FileNotFoundError, checkpoint, "missing")
-
-
-@pytest.mark.parametrize("kept", [0, 5, 1000, -1000])
-def test_truncated_checkpoint(checkpoint, kept):
-    checkpoint.write_bytes(checkpoint.read_bytes()[:kept])
-    assert_load_fails(ValueError, checkpoint, "can't be read as safetensors")
-
-
-def test_checkpoint_of_another_shape(checkpoint):
-    with safe_open(checkpoint, "pt") as file:
-        header = file.metadata()
-    tensors = load_file(checkpoint)
-    save_file({**tensors, "head.weight": tensors["head.weight"][:5].clone()}, checkpoint, header)
-    assert_load_fails(ValueError, checkpoint, "don't fit")
-
-
-@pytest.mark.parametrize("header", [None, {"architecture": "{"}])
-def test_checkpoint_with_a_useless_header(checkpoint, header):
-    save_file(load_file(checkpoint), checkpoint, header)
-    assert_load_fails(ValueError, checkpoint, "architecture")
-
-
-def test_checkpoint_with_broken_numbers(checkpoint):
-    with safe_open(checkpoint, "pt") as file:
-        header = file.metadata()
-    tensors = load_file(checkpoint)
-    tensors["norm.weight"][3] = float("nan")
-    save_file(tensors, checkpoint, header)
-    assert_load_fails(ValueError, checkpoint, "norm.weight")
 
 
 def test_a_real_vit_is_as_described(shared):

@@ -7,8 +7,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 import transformers
+from models import IDS, PICTURES, TEXT, VISION, perturbed
 from notebook_functions import NOTEBOOKS, functions_of
-from small_models import IDS, PICTURES, TEXT, VISION, perturbed
 from torch import nn
 from torch.autograd.graph import get_gradient_edge
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from small_models import IDS, PICTURES, TEXT, VISION, perturbed
+from models import IDS, PICTURES, TEXT, VISION, perturbed, tiny_bert
 from torch import nn
 
 from libragrad_minimal import attribute
@@ -12,12 +12,8 @@ from libragrad_minimal import attribute
 MASK = torch.tensor([[1, 1, 1, 1, 1, 0, 0, 0, 0], [1] * 9])
 
 
-def masked_language_model():
-    return perturbed(transformers.BertForMaskedLM(transformers.BertConfig(**TEXT)))
-
-
 def test_rows_of_texts():
-    model = masked_language_model()
+    model = tiny_bert()
     inputs = {"input_ids": IDS, "attention_mask": MASK}
     logits = model(**inputs).logits.detach()
     expected = {
@@ -38,7 +34,7 @@ def test_rows_of_texts():
 
 def test_rows_of_padding_are_refused():
     with pytest.raises(ValueError, match="row 8 of sample 0, which is padding"):
-        attribute(masked_language_model(), {"input_ids": IDS, "attention_mask": MASK}, 42, readout=-1)
+        attribute(tiny_bert(), {"input_ids": IDS, "attention_mask": MASK}, 42, readout=-1)
 
 
 def test_queries_and_pixels():
@@ -136,16 +132,16 @@ def test_answers_of_other_shapes(wrapped):
 @pytest.mark.parametrize(
     "build, options, message",
     [
-        (masked_language_model, dict(target=3), r"9 rows of 200 numbers.*readout=3.*function"),
-        (masked_language_model, dict(target=3, readout=9), "row 9, and the answer has 9 rows"),
-        (masked_language_model, dict(target=3, readout=torch.zeros(9, dtype=torch.bool)), "mask of readout is empty"),
-        (masked_language_model, dict(target=3, readout=torch.ones(8, dtype=torch.bool)), "9 places, and the mask is"),
-        (masked_language_model, dict(target=3, readout="cls"), "unknown readout 'cls'.*readout='last'"),
-        (masked_language_model, dict(target=3, readout=2.5), "holds no row's number.*2.5"),
-        (masked_language_model, dict(target=3, readout={"row": 2}), "readout is a dict"),
-        (masked_language_model, dict(target=3, readout=[2, 3, 4]), r"one for each of 2 samples; got shape \(3,\)"),
+        (tiny_bert, dict(target=3), r"9 rows of 200 numbers.*readout=3.*function"),
+        (tiny_bert, dict(target=3, readout=9), "row 9, and the answer has 9 rows"),
+        (tiny_bert, dict(target=3, readout=torch.zeros(9, dtype=torch.bool)), "mask of readout is empty"),
+        (tiny_bert, dict(target=3, readout=torch.ones(8, dtype=torch.bool)), "9 places, and the mask is"),
+        (tiny_bert, dict(target=3, readout="cls"), "unknown readout 'cls'.*readout='last'"),
+        (tiny_bert, dict(target=3, readout=2.5), "holds no row's number.*2.5"),
+        (tiny_bert, dict(target=3, readout={"row": 2}), "readout is a dict"),
+        (tiny_bert, dict(target=3, readout=[2, 3, 4]), r"one for each of 2 samples; got shape \(3,\)"),
         (
-            masked_language_model,
+            tiny_bert,
             dict(target=lambda answer: answer[:, 0]),
             r"one number per sample \(2,\), got \(2, 200\)",
         ),
@@ -175,7 +171,7 @@ def test_a_tower_without_a_vector_asks_for_a_function():
 
 def test_masks_of_rows_come_as_lists_and_arrays_too():
     """With as many texts as rows, a list of truth values mustn't be taken for a number a sample."""
-    model, texts, mask = masked_language_model(), IDS.repeat(5, 1)[:9], [i in (2, 4) for i in range(9)]
+    model, texts, mask = tiny_bert(), IDS.repeat(5, 1)[:9], [i in (2, 4) for i in range(9)]
     expected = model(texts).logits[:, [2, 4], 3].mean(1).detach()
     for form in (mask, np.array(mask), torch.tensor(mask)):
         torch.testing.assert_close(attribute(model, texts, 3, "IxG", readout=form).output, expected)

@@ -1,20 +1,14 @@
 """Which modules are the blocks: the graph's word over a name's, `blocks=` over both, candidates where neither tells."""
 
 import pytest
-import timm
 import torch
 import transformers
-from small_models import IDS, PICTURES, TEXT, VISION, perturbed
+from models import IDS, PICTURES, TEXT, VISION, perturbed, tiny_vit
 from torch import nn
 
 from libragrad_minimal import additive_constants, attribute, libra_grad, observed
 from libragrad_minimal.families import Inputs
 from libragrad_minimal.streams import find_streams, separators
-
-
-def tiny_vit(**changes) -> nn.Module:
-    config = dict(img_size=32, patch_size=8, embed_dim=24, num_heads=2, depth=2, num_classes=5) | changes
-    return timm.models.VisionTransformer(**config)
 
 
 def blocks_of(model, inputs, **options):
@@ -130,7 +124,7 @@ def test_states_before_the_blocks_are_no_way_past(read):
 
 
 def test_blocks_can_be_a_part_of_the_list():
-    model = perturbed(tiny_vit(depth=3))
+    model = tiny_vit()
     late = attribute(model, PICTURES, 1, "FullGrad", blocks=["blocks.1", "blocks.2"])
     torch.testing.assert_close(late.scores, attribute(model, PICTURES, 1, "FullGrad", layer=1).scores)
 

@@ -433,7 +433,7 @@ def register_rule(
     TAUGHT[operation] = Operation(role, rule or default.get(role), backward, factors, streams, degree)
 
 
-# ---- what to do about an operation that is refused: each of these is tried in tests/test_cures.py --------------------
+# ---- what to do about an operation that is refused: each of these is tried in tests/engine/test_cures.py -------------
 
 CURES = {
     "CopySlices": "an operation in place on a slice hides what it did: write it out of place",

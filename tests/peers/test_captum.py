@@ -4,7 +4,7 @@ from functools import partial
 
 import captum.attr
 import torch
-from small_models import PICTURES
+from models import PICTURES
 
 from libragrad_minimal import PLAIN, Probability, attribute
 

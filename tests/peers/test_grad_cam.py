@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from small_models import PICTURES
+from models import PICTURES
 
 from libragrad_minimal import PLAIN, attribute
 

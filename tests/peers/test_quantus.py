@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from small_models import PICTURES
+from models import PICTURES
 
 from libragrad_minimal import metrics
 

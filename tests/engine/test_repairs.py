@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from libragrad_minimal import ATTN_LRP, CP_LRP, LIBRA, PLAIN, Rules, audit, libra_grad
+from libragrad_minimal import ATTN_LRP, CP_LRP, LIBRA, PLAIN, audit, libra_grad
 
 
 def draw(*shape):
@@ -385,12 +385,6 @@ def test_plain_rules_are_torch_autograd():
     x = draw(3, 6)
     for function, _ in [*ACTIVATIONS.values(), *(NORMS[n] for n in NORMS if "instance" not in n)]:
         torch.testing.assert_close(balanced(function, x, rules=PLAIN), reference(function, x), rtol=0, atol=0)
-
-
-def test_rules_say_which_names_there_are():
-    with pytest.raises(ValueError, match="no rule is called.*nrom.*norm"):
-        LIBRA.without("nrom")
-    assert Rules().without("norm", "product") == Rules(norm=False, product=False)
 
 
 def test_audit_names_every_treatment():

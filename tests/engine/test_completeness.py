@@ -4,15 +4,20 @@
 not notice.
 """
 
+import open_clip
 import pytest
 import timm
 import torch
+import torch.nn.functional as F
 import transformers
+from completeness import relative_error
+from models import LLAMA, TEXT, VIT, image_tower, perturbed, tiny_clip
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from libragrad_minimal import LIBRA, PLAIN, additive_constants, audit, libra_grad
+from libragrad_minimal import PLAIN, audit, libra_grad
 
-SMALL_VIT = dict(img_size=32, patch_size=8, embed_dim=24, depth=2, num_heads=2, num_classes=5)
+SMALL_VIT = VIT | dict(depth=2)
 TIMM = {
     "vit_tiny_patch16_224": SMALL_VIT,
     "deit3_small_patch16_224": SMALL_VIT,
@@ -38,29 +43,21 @@ TIMM = {
 }
 WHOLE = ("efficientformer_l1", "mvitv2_tiny", "maxvit_tiny_tf_224", "gcvit_xxtiny")  # no small configuration: full size
 
-SMALL_DECODER = dict(
-    hidden_size=32,
-    intermediate_size=48,
-    num_hidden_layers=2,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    vocab_size=64,
-)
 SPECIAL_TOKENS = dict(max_position_embeddings=64, pad_token_id=0, bos_token_id=1, eos_token_id=2)
 DECODERS = {
-    "Llama": SMALL_DECODER,
-    "Qwen2": SMALL_DECODER,
-    "Qwen3": SMALL_DECODER | dict(head_dim=8),
-    "Mistral": SMALL_DECODER,
-    "Mixtral": SMALL_DECODER | dict(num_local_experts=4),
-    "Gemma2": SMALL_DECODER | dict(head_dim=8),
-    "Gemma3Text": SMALL_DECODER | dict(head_dim=8),
-    "Phi3": SMALL_DECODER,
-    "Olmo2": SMALL_DECODER,
-    "Cohere": SMALL_DECODER,
-    "GPT2": dict(n_embd=32, n_layer=2, n_head=4, vocab_size=64, n_positions=64),
-    "GPTNeoX": dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, vocab_size=64),
-    "Bloom": dict(hidden_size=32, n_layer=2, n_head=4, vocab_size=64),
+    "Llama": LLAMA,
+    "Qwen2": LLAMA,
+    "Qwen3": LLAMA | dict(head_dim=8),
+    "Mistral": LLAMA,
+    "Mixtral": LLAMA | dict(num_local_experts=4),
+    "Gemma2": LLAMA | dict(head_dim=8),
+    "Gemma3Text": LLAMA | dict(head_dim=8),
+    "Phi3": LLAMA,
+    "Olmo2": LLAMA,
+    "Cohere": LLAMA,
+    "GPT2": dict(n_embd=32, n_layer=2, n_head=4, vocab_size=200, n_positions=64),
+    "GPTNeoX": TEXT,
+    "Bloom": dict(hidden_size=32, n_layer=2, n_head=4, vocab_size=200),
 }
 FUSED_TOO = [name for name in DECODERS if name not in ("Gemma2", "Bloom")]  # transformers offers no sdpa for these
 
@@ -76,29 +73,12 @@ class Float64(TorchFunctionMode):
         return function(*args, **kwargs)
 
 
-def shaken(model, dtype, seed=0):
-    """Random norms and biases: fresh models have ones and zeros there, which would hide mistakes."""
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            scale = 0.2 if parameter.dim() <= 1 else 0.05
-            parameter.add_(scale * torch.randn(parameter.shape, generator=generator))
-    return model.eval().to(dtype)
-
-
-def relative_error(output, x, rules=LIBRA):
-    parts = (x, *additive_constants(output, x))
-    gradients = libra_grad(output, parts, rules, retain_graph=True)
-    total = sum((part * gradient).double().sum() for part, gradient in zip(parts, gradients, strict=True))
-    return abs(total - output.double().sum()).item() / output.double().abs().sum().item()
-
-
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-9), (torch.float32, 1e-5)], ids=["fp64", "fp32"])
 @pytest.mark.parametrize("name", TIMM)
 def test_timm(name, dtype, tolerance):
     if name in WHOLE and dtype == torch.float32:
         pytest.skip("full-size model: once, in float64, is enough")
-    model = shaken(timm.create_model(name, **TIMM[name]), dtype)
+    model = perturbed(timm.create_model(name, **TIMM[name]), 0.05).to(dtype)
     size = TIMM[name].get("img_size", 224 if name in WHOLE else 64)
     images = torch.randn(1 if name in WHOLE else 2, 3, size, size, dtype=dtype, requires_grad=True)
     before = model(images)
@@ -114,7 +94,7 @@ def test_transformers(name, attention):
         pytest.skip(f"transformers has no sdpa for {name}")
     transformers.logging.set_verbosity_error()
     config = getattr(transformers, f"{name}Config")(**DECODERS[name], **SPECIAL_TOKENS)
-    model = shaken(transformers.AutoModelForCausalLM.from_config(config, attn_implementation=attention), torch.float32)
+    model = perturbed(transformers.AutoModelForCausalLM.from_config(config, attn_implementation=attention), 0.05)
     tokens = torch.randint(3, 64, (2, 7))
     embeddings = model.get_input_embeddings()(tokens).detach().requires_grad_()
     before = model(inputs_embeds=embeddings).logits
@@ -131,8 +111,8 @@ def test_transformers(name, attention):
 
 def test_padding_gets_exactly_zero():
     """Attention masks: a padded position gets no gradient at all, and the others what they get alone."""
-    config = transformers.LlamaConfig(**SMALL_DECODER, **SPECIAL_TOKENS)
-    model = shaken(transformers.LlamaForCausalLM(config), torch.float64)
+    config = transformers.LlamaConfig(**LLAMA, **SPECIAL_TOKENS)
+    model = perturbed(transformers.LlamaForCausalLM(config), 0.05).double()
     tokens = torch.randint(3, 64, (1, 6))
     padded = torch.cat([torch.zeros(1, 3, dtype=torch.long), tokens], 1)
     mask = torch.cat([torch.zeros(1, 3, dtype=torch.long), torch.ones(1, 6, dtype=torch.long)], 1)
@@ -144,6 +124,65 @@ def test_padding_gets_exactly_zero():
     expected, gradient = libra_grad(output, alone)[0], libra_grad(with_padding, together)[0]
     assert (gradient[:, :3] == 0).all()
     torch.testing.assert_close(gradient[:, 3:], expected, rtol=1e-5, atol=1e-7)
+
+
+# ---- towers of CLIP --------------------------------------------------------------------------------------------------
+
+
+def cosine_with_a_prompt(features: Tensor) -> Tensor:
+    """With a vector at about 45 degrees: a cosine near 0 would make any relative error large."""
+    other = F.normalize(features.detach(), dim=-1) + F.normalize(torch.randn_like(features), dim=-1)
+    return (F.normalize(features, dim=-1) * F.normalize(other, dim=-1)).sum()
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["ViT-B-16", "ViT-B-16-quickgelu", "ViT-L-14", "ViT-B-16-SigLIP", "EVA02-B-16", "coca_ViT-B-32"],
+)
+def test_image_towers_are_complete(name):
+    model = image_tower(name)
+    size = model.visual.image_size
+    image = torch.randn(1, 3, *(size if isinstance(size, tuple) else (size, size)), requires_grad=True)
+    features = model.encode_image(image)
+    f = cosine_with_a_prompt(features[0] if isinstance(features, tuple) else features)
+    assert audit(f, image).complete
+    assert relative_error(f, image) <= 1e-4
+    assert relative_error(f, image, PLAIN) > 1e-2  # so the test can fail
+
+
+@pytest.mark.parametrize("quick_gelu", [False, True])
+def test_text_towers_are_complete(quick_gelu):
+    model = tiny_clip(quick_gelu=quick_gelu)
+    words = []
+    model.token_embedding.register_forward_hook(lambda layer, ids, vectors: words.append(vectors))
+    f = cosine_with_a_prompt(model.encode_text(open_clip.tokenize(["a red heart"], 8)))
+    assert relative_error(f, words[0]) <= 1e-4
+
+
+def transformers_clip() -> nn.Module:
+    from transformers import CLIPConfig, CLIPModel
+
+    small = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+    vision = {**small, "image_size": 32, "patch_size": 8}
+    return CLIPModel(CLIPConfig(text_config=small, vision_config=vision, projection_dim=24))
+
+
+def transformers_siglip() -> nn.Module:
+    from transformers import SiglipConfig, SiglipModel
+
+    small = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+    vision = {**small, "image_size": 32, "patch_size": 8}
+    text = {**small, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+    return SiglipModel(SiglipConfig(text_config=text, vision_config=vision))
+
+
+@pytest.mark.parametrize("build", [transformers_clip, transformers_siglip])
+def test_transformers_models_are_complete(build):
+    model = perturbed(build())
+    image = torch.randn(1, 3, 32, 32, requires_grad=True)
+    ids = torch.tensor([[5, 6, 7, model.config.text_config.eos_token_id]])
+    f = model(input_ids=ids, pixel_values=image).logits_per_image[0, 0]
+    assert relative_error(f, image) <= 1e-4
 
 
 # ---- the real models beside a developer's checkout -------------------------------------------------------------------

@@ -4,17 +4,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 import transformers
+from completeness import assert_complete
 from torch import nn
 
 from libragrad_minimal import additive_constants, audit, libra_grad
-
-
-def complete(output, x):
-    parts = (x, *additive_constants(output, x))
-    gradients = libra_grad(output, parts, retain_graph=True)
-    total = sum((part * gradient).sum() for part, gradient in zip(parts, gradients, strict=True))
-    torch.testing.assert_close(total, output.sum())
-    return parts
 
 
 def parameter(*shape, seed):
@@ -45,7 +38,7 @@ ADDED = {  # function, and the parameters that are added
 def test_finds_what_is_added_and_nothing_else(name):
     function, expected = ADDED[name]
     x = torch.randn(6, 6, dtype=torch.float64, requires_grad=True)
-    _, *found = complete(function(x).sum(1), x)
+    found = assert_complete(function(x).sum(1), x)
     assert {id(constant) for constant in found} == {id(constant) for constant in expected}
 
 
@@ -62,14 +55,14 @@ def test_attention_among_constants_of_an_encoder_decoder():
     model.lm_head.weight = nn.Parameter(model.lm_head.weight.detach().clone())
     read = torch.randn(1, 5, 16, dtype=torch.float64, requires_grad=True)
     output = model(inputs_embeds=read, decoder_input_ids=torch.randint(4, 40, (1, 4))).logits[:, -1, 3]
-    complete(output, read)
+    assert_complete(output, read)
 
 
 def test_tied_weights_are_announced():
     x = torch.randn(2, 6, dtype=torch.float64, requires_grad=True)
     tied = ((x + P[0]) @ P.T)[:, 1]
     with pytest.warns(UserWarning, match="tied weights"):
-        complete(tied, x)
+        assert_complete(tied, x)
 
 
 def test_constants_without_a_gradient_are_listed_in_the_audit():
@@ -77,3 +70,11 @@ def test_constants_without_a_gradient_are_listed_in_the_audit():
     x = torch.randn(2, 6, dtype=torch.float64, requires_grad=True)
     assert "adds a constant without a gradient" in str(audit((norm(x) + 1).sum(1), x))
     assert "adds a constant" not in str(audit((x @ P + B).sum(1), x))
+
+
+def test_additive_constants_of_a_freed_graph(model, x):
+    output = model(x)[:, 0]
+    libra_grad(output, x)
+    parts = (x, *additive_constants(output, x))  # what is added is known without what was saved
+    with pytest.raises(RuntimeError, match="has been freed.*retain_graph=True"):
+        libra_grad(output, parts)

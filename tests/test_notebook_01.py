@@ -1,27 +1,18 @@
-"""The Llama side: notebook 01's functions against formulas, loading, the demo model, the generated questions."""
+"""The functions that notebook 01 defines: against formulas, a loop, and libra_grad."""
 
 import json
-import random
-import re
-import sys
-from pathlib import Path
 
-import httpx
 import pytest
 import torch
 import torch.nn.functional as F
-from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError, RepositoryNotFoundError
 from notebook_functions import NOTEBOOKS, functions_of
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
 from transformers.activations import SiLUActivation
 from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
 from transformers.models.qwen3.modeling_qwen3 import Qwen3MLP, Qwen3RMSNorm
 
-from libragrad_minimal import ATTN_LRP, LIBRA, audit, libra_grad, models
-from libragrad_minimal.models import DATA, UNGATED_LLAMA, load_demo, load_pretrained, token_texts
-
-sys.path.insert(0, str(DATA))
-import questions  # noqa: E402  lies in data/, beside the script that trains on it
+from libragrad_minimal import ATTN_LRP, LIBRA, audit, libra_grad
+from libragrad_minimal.models import DATA, load_demo, load_pretrained, token_texts
 
 TINY = {
     "vocab_size": 97,
@@ -326,33 +317,6 @@ def test_a_phrase_is_explained_by_its_own_logits(notebook, demo):
     assert sum(strip.scores) == pytest.approx(total, rel=1e-4)
 
 
-# ---- loading ---------------------------------------------------------------------------------------------------------
-
-
-def test_demo_llama_has_llama_3_features_and_answers(demo):
-    config = demo.model.config
-    assert (DATA / "demo_llama.safetensors").stat().st_size <= 4e6
-    assert config.num_key_value_heads < config.num_attention_heads
-    assert config.rope_parameters["rope_type"] == "llama3" and config.hidden_act == "silu"
-    assert len(demo.blocks) == config.num_hidden_layers and not demo.model.training
-    asked = questions.held_out_questions(200, seed=2)
-    batch = demo.tokenizer([q.prompt for q in asked], return_tensors="pt", padding=True, padding_side="left")
-    best = demo.model(**batch, logits_to_keep=1).logits[:, -1].argmax(-1)
-    right = [text == q.answer for text, q in zip(token_texts(demo.tokenizer, best), asked, strict=True)]
-    assert sum(right) >= 0.95 * len(right)
-
-
-@pytest.mark.parametrize(
-    "text", ["Anna has a red ball.\nBen's kite", "  two  spaces, tabs\t", "caf\u00e9 \u6f22\u5b57 <script>"]
-)
-def test_demo_tokens_spell_the_text(demo, text):
-    ids = demo.tokenizer(text)["input_ids"]
-    assert ids[0] == demo.tokenizer.bos_token_id
-    assert demo.tokenizer.decode(ids[1:]) == text
-    if text.isascii():
-        assert "".join(token_texts(demo.tokenizer, ids[1:])) == text
-
-
 def test_real_llama_from_a_folder(notebook, shared):
     llama = load_pretrained("llama", str(shared / "models" / "stories260K"))
     notebook.tokenizer, notebook.model = llama.tokenizer, llama.model
@@ -364,106 +328,3 @@ def test_real_llama_from_a_folder(notebook, shared):
     with notebook.repairs_on():
         scores, output = notebook.scores_by_block(llama.model, ids, mask, largest)
     torch.testing.assert_close(scores.sum(-1), output.expand(len(llama.blocks), 1), rtol=1e-4, atol=1e-4)
-
-
-def answer_with(error, monkeypatch, tiny):
-    """Make the hub answer with `error`, except for the open copy."""
-    asked = []
-
-    def download(name, device_map=None):
-        asked.append(name)
-        if name != UNGATED_LLAMA:
-            raise OSError("wrapped by transformers") from error
-        return models.LoadedModel("llama", name, tiny, [])
-
-    monkeypatch.setattr(models, "_download_llama", download)
-    return asked
-
-
-def hub_error(kind, status):
-    return kind("no", response=httpx.Response(status, request=httpx.Request("GET", "https://huggingface.co")))
-
-
-@pytest.mark.parametrize("status", [401, 403])
-def test_a_gated_model_is_replaced_with_a_message(monkeypatch, tiny, status):
-    asked = answer_with(hub_error(GatedRepoError, status), monkeypatch, tiny)
-    with pytest.warns(UserWarning, match=f"gated and the hub answered {status}.*accept its licence"):
-        assert load_pretrained("llama", "meta-llama/Llama-3.2-1B").name == UNGATED_LLAMA
-    assert asked == ["meta-llama/Llama-3.2-1B", UNGATED_LLAMA]
-
-
-def test_a_misspelled_model_is_not_replaced(monkeypatch, tiny):
-    asked = answer_with(hub_error(RepositoryNotFoundError, 401), monkeypatch, tiny)
-    with pytest.raises(OSError, match="wrapped"):
-        load_pretrained("llama", "no/such-model")
-    assert asked == ["no/such-model"]
-
-
-def test_offline_says_what_to_do(monkeypatch, tiny):
-    answer_with(LocalEntryNotFoundError("not cached"), monkeypatch, tiny)
-    with pytest.raises(OSError, match=r'the hub can\'t be reached.*load_demo\("llama"\)'):
-        load_pretrained("llama", "meta-llama/Llama-3.2-1B")
-
-
-# ---- prompts and questions -------------------------------------------------------------------------------------------
-
-
-def test_prompts_are_many_and_distinct():
-    groups = json.loads((DATA / "prompts.json").read_text())
-    assert len(groups["llama"]) == 10 and sum(map(len, groups["llama"].values())) >= 60
-    assert set(groups["demo llama"]) == set(questions.KINDS)
-    for model in ("llama", "demo llama"):
-        prompts = [prompt for group in groups[model].values() for prompt in group]
-        assert len({prompt["prompt"] for prompt in prompts}) == len(prompts)
-        assert all(prompt["expected"] != prompt["contrast"] for prompt in prompts)
-
-
-def solve(question) -> str:
-    """The answer read off the text by other means than the generator's."""
-    text, ask = question.prompt, question.ask
-    if question.kind in ("opposite", "capital"):
-        table = questions.OPPOSITES if question.kind == "opposite" else questions.CAPITALS
-        return table[re.search(r"of (\w+) is", ask).group(1)]
-    if question.kind == "colour":
-        owner, thing = re.search(r"(\w+)'s (\w+)\?", ask).groups()
-        return re.search(rf"{owner} has a (\w+) {thing}\.", text).group(1)
-    if question.kind == "counting":
-        animal = re.search(r"number of (\w+)s is", ask).group(1)
-        return questions.NUMBERS[len(re.findall(rf"a {animal}\b", text)) - 1]
-    if question.kind == "copying":
-        said, again = re.search(r"Say: ([^.]*)\.", text).group(1).split(), ask.split()[1:]
-        return said[len(again)]
-    assert question.kind == "ordering"
-    row = re.findall(r"the (\w+)", re.search(r"First comes ([^.]*)\.", text).group(1))
-    if "last" in ask:
-        return row[-1]
-    step = 1 if "after" in ask else -1
-    return row[row.index(re.search(r"(?:after|before) the (\w+)", ask).group(1)) + step]
-
-
-@pytest.mark.parametrize("kind", list(questions.KINDS))
-def test_answers_and_evidence_are_right(kind):
-    rng = random.Random(3)
-    for _ in range(300):
-        for question in questions.make_questions(rng, kind, rng.randint(1, 4), rng.randint(0, 2), count=3):
-            assert question.answer == f" {solve(question)}"
-            assert question.distractor != question.answer
-            words = [question.prompt[start:end] for start, end in question.evidence]
-            assert words and all(re.fullmatch(r"\w+", word) for word in words)
-
-
-def test_held_out_questions_are_never_trained_on():
-    train_llama = pytest.importorskip("train_llama")
-    kept = tuple(question.prompt + question.answer for question in questions.held_out_questions(300))
-    rng = random.Random(0)
-    for _ in range(6000):
-        (story, _), *rest = train_llama.training_text(rng)
-        story = story.removeprefix(train_llama.BOS)
-        for (ask, _), (answer, _) in zip(rest[::3], rest[1::3], strict=False):  # question, answer, full stop
-            assert not f"{story}{ask}{answer}".startswith(kept)
-    shipped = json.loads(Path(DATA / "evidence_questions.json").read_text())
-    assert len(shipped) >= 200 and all(questions.held_out(as_question(entry)) for entry in shipped)
-
-
-def as_question(entry: dict) -> questions.Question:
-    return questions.Question(**{name: value for name, value in entry.items() if name != "prompt"})

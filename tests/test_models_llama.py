@@ -1,0 +1,83 @@
+"""Loading language models: what the demo Llama knows, and what is said where the hub refuses."""
+
+import httpx
+import pytest
+import questions  # lies in data/, beside the script that trains on it
+from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError, RepositoryNotFoundError
+from models import tiny_llama
+
+from libragrad_minimal import models
+from libragrad_minimal.models import DATA, UNGATED_LLAMA, LoadedModel, load_demo, load_pretrained, token_texts
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    return tiny_llama()
+
+
+@pytest.fixture(scope="module")
+def demo() -> LoadedModel:
+    return load_demo("llama")
+
+
+def test_demo_llama_has_llama_3_features_and_answers(demo):
+    config = demo.model.config
+    assert (DATA / "demo_llama.safetensors").stat().st_size <= 4e6
+    assert config.num_key_value_heads < config.num_attention_heads
+    assert config.rope_parameters["rope_type"] == "llama3" and config.hidden_act == "silu"
+    assert len(demo.blocks) == config.num_hidden_layers and not demo.model.training
+    asked = questions.held_out_questions(200, seed=2)
+    batch = demo.tokenizer([q.prompt for q in asked], return_tensors="pt", padding=True, padding_side="left")
+    best = demo.model(**batch, logits_to_keep=1).logits[:, -1].argmax(-1)
+    right = [text == q.answer for text, q in zip(token_texts(demo.tokenizer, best), asked, strict=True)]
+    assert sum(right) >= 0.95 * len(right)
+
+
+@pytest.mark.parametrize(
+    "text", ["Anna has a red ball.\nBen's kite", "  two  spaces, tabs\t", "caf\u00e9 \u6f22\u5b57 <script>"]
+)
+def test_demo_tokens_spell_the_text(demo, text):
+    ids = demo.tokenizer(text)["input_ids"]
+    assert ids[0] == demo.tokenizer.bos_token_id
+    assert demo.tokenizer.decode(ids[1:]) == text
+    if text.isascii():
+        assert "".join(token_texts(demo.tokenizer, ids[1:])) == text
+
+
+def answer_with(error, monkeypatch, tiny):
+    """Make the hub answer with `error`, except for the open copy."""
+    asked = []
+
+    def download(name, device_map=None):
+        asked.append(name)
+        if name != UNGATED_LLAMA:
+            raise OSError("wrapped by transformers") from error
+        return models.LoadedModel("llama", name, tiny, [])
+
+    monkeypatch.setattr(models, "_download_llama", download)
+    return asked
+
+
+def hub_error(kind, status):
+    return kind("no", response=httpx.Response(status, request=httpx.Request("GET", "https://huggingface.co")))
+
+
+@pytest.mark.parametrize("status", [401, 403])
+def test_a_gated_model_is_replaced_with_a_message(monkeypatch, tiny, status):
+    asked = answer_with(hub_error(GatedRepoError, status), monkeypatch, tiny)
+    with pytest.warns(UserWarning, match=f"gated and the hub answered {status}.*accept its licence"):
+        assert load_pretrained("llama", "meta-llama/Llama-3.2-1B").name == UNGATED_LLAMA
+    assert asked == ["meta-llama/Llama-3.2-1B", UNGATED_LLAMA]
+
+
+def test_a_misspelled_model_is_not_replaced(monkeypatch, tiny):
+    asked = answer_with(hub_error(RepositoryNotFoundError, 401), monkeypatch, tiny)
+    with pytest.raises(OSError, match="wrapped"):
+        load_pretrained("llama", "no/such-model")
+    assert asked == ["no/such-model"]
+
+
+def test_offline_says_what_to_do(monkeypatch, tiny):
+    answer_with(LocalEntryNotFoundError("not cached"), monkeypatch, tiny)
+    with pytest.raises(OSError, match=r'the hub can\'t be reached.*load_demo\("llama"\)'):
+        load_pretrained("llama", "meta-llama/Llama-3.2-1B")
