@@ -180,6 +180,7 @@ HEADS = {  # kind -> the registry of heads
 }
 
 
+NEEDS_PACKAGE = "needs a package that isn't installed"
 NO_MODEL_ALONE = "is no model by itself: it drafts words for another one, whose keys and values it has to be given"
 WHY_NOT = {  # where what was raised isn't the reason
     "decoder gemma4_assistant": NO_MODEL_ALONE,
@@ -215,6 +216,9 @@ def transformers_case(name: str) -> Case:
             config = part_for(model_class, small)
             with torch.device("meta"):
                 size = sum(p.numel() for p in model_class(config).parameters())
+        except ImportError as error:
+            wanted = re.search(r"requires the (\w+) library", str(error))
+            raise NotBuilt(f"{NEEDS_PACKAGE}: {wanted[1] if wanted else error}") from error
         except Exception as error:
             failures.append(f"can't be made: {type(error).__name__}: {error}")
             continue
@@ -237,7 +241,7 @@ def treated_case(name: str) -> Case:
     try:
         return asked("decoder", TREATMENTS[name](case.model).eval(), case.inputs)
     except ImportError as error:
-        raise NotBuilt(f"needs a package that isn't installed: {error}") from error
+        raise NotBuilt(f"{NEEDS_PACKAGE}: {error}") from error
 
 
 # ---- open_clip -------------------------------------------------------------------------------------------------------
