@@ -142,7 +142,7 @@ def word_embeddings(model: Any) -> list[nn.Module]:
         named = model.get_input_embeddings()
     except (AttributeError, NotImplementedError):
         named = getattr(model, "token_embedding", None)
-    if not isinstance(named, nn.Module):
+    if not isinstance(named, nn.Module) or isinstance(named, nn.ModuleList):
         return [module for module in model.modules() if isinstance(module, nn.Embedding)]
     weight = getattr(named, "weight", None)
     tied = [m for m in model.modules() if isinstance(m, nn.Embedding) and m.weight is weight and m is not named]
