@@ -29,6 +29,7 @@ SURE_OF_SPACE = 0.4  # where the tensor itself has rows and columns, so that onl
 SHIFTS = (0.0, 0.5, 0.25)  # by how much of a cell; the last where those at the border look at half a cell only
 DRAWS, MORE_DRAWS = 4, 16  # changes of each sort, where every single token has to be right
 NEARLY = 0.9  # share of cells that a token names, so that more draws may find the others
+SMALL_CHANGE = 0.05  # of the pixels, beside one that is as large as they are
 SURE_IF_MIXED = 0.5  # behind a whole tower, whose attention has mixed the patches
 
 
@@ -497,6 +498,8 @@ def asked_picture(
     pixels = inputs.tensors[inputs.picture]
     if len(pixels) != inputs.samples or pixels.dim() == 5 and pixels.shape[1] > 1:
         raise ValueError(f"it comes in several parts, {tuple(pixels.shape)}")
+    if jumps(inputs.picture, pixels, inputs, ask):
+        raise ValueError("its tokens are words of a codebook: they jump, and don't follow the pixels")
     found = picture_layout(
         model, inputs, layout.axes.arrange(tokens), lambda i: layout.axes.arrange(ask(i)), SURE_IF_MIXED
     )
@@ -506,6 +509,15 @@ def asked_picture(
     if layout.place is not None:
         place = torch.searchsorted(layout.place, place)
     return place, grid[-2:]
+
+
+def jumps(name: str, pixels: Tensor, inputs: Inputs, ask: Callable[[Inputs], Tensor]) -> bool:
+    """Does a small change of all pixels move other tokens than a large one? So it is where a token is one of a codebook
+    (Chameleon, Emu3): which of them change codes is chance."""
+    noise = (pixels.std() + 0.1) * torch.randn(pixels.shape, generator=torch.Generator().manual_seed(0)).to(pixels)
+    base = ask(inputs)
+    moved = [(ask(inputs.replaced(name, pixels + share * noise)) != base).any(-1) for share in (1, SMALL_CHANGE)]
+    return not torch.equal(*moved)
 
 
 def merged_patches(model: nn.Module, inputs: Inputs) -> tuple[Tensor, tuple[int, ...]]:

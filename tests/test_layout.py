@@ -25,6 +25,7 @@ from transformers import (
 )
 
 from libragrad_minimal import PLAIN, attribute, libra_grad
+from libragrad_minimal.zoo import build
 
 
 def pixel_relevance(logit_of, pictures: Tensor, patch: int) -> Tensor:
@@ -277,6 +278,15 @@ def test_pictures_within_texts():
     assert (result.completeness_error < 1e-5 * (1 + result.output.abs())).all()
     with pytest.raises(ValueError, match="no grid"):
         _ = attribute(model, IDS, 7).maps
+
+
+def test_tokens_of_a_codebook_have_no_map():
+    """Chameleon's picture becomes words, and which of them a change of the pixels turns into others is chance."""
+    case = build("transformers", "vision-language chameleon")
+    result = attribute(case.model, case.inputs, case.target, readout=case.readout)
+    assert (result.completeness_error < 1e-4 * (1 + result.output.abs())).all()
+    with pytest.raises(ValueError, match="no map of the picture.*words of a codebook"):
+        _ = result.maps
 
 
 class Arranged(nn.Module):
