@@ -143,9 +143,8 @@ def pictures_in_texts(model: nn.Module, config: Any) -> Made:
             ids = torch.tensor([[1, 9, *[PLACEHOLDER] * count, 20, 21]])
             more = dict.fromkeys(PLACES_OF_PICTURES, (ids == PLACEHOLDER).long())
             whole = {"input_ids": ids, **way, **{name: value for name, value in more.items() if name in known}}
-            yield whole
-            if "decoder_input_ids" in known:
-                yield whole | {"decoder_input_ids": words(4, 1)}
+            answered = whole | {"decoder_input_ids": words(4, 1)} if "decoder_input_ids" in known else whole
+            yield from (answered, whole) if getattr(config, "is_encoder_decoder", False) else (whole, answered)
     if "pixel_values" in known:
         yield from pictures_beside_texts(config, known)
     else:  # a model of texts alone, in spite of its kind
