@@ -29,6 +29,7 @@ SURE_OF_SPACE = 0.4  # where the tensor itself has rows and columns, so that onl
 SHIFTS = (0.0, 0.5, 0.25)  # by how much of a cell; the last where those at the border look at half a cell only
 DRAWS, MORE_DRAWS = 4, 16  # changes of each sort, where every single token has to be right
 NEARLY = 0.9  # share of cells that a token names, so that more draws may find the others
+DEVIATIONS = 3.5  # of a share, for one in some dozens of wrong grids
 SMALL_CHANGE = 0.05  # of the pixels, beside one that is as large as they are
 SURE_IF_MIXED = 0.5  # behind a whole tower, whose attention has mixed the patches
 
@@ -377,9 +378,8 @@ def picture_layout(model: nn.Module, inputs: Inputs, tokens: Tensor, ask: Callab
         guesses += [(axes, where, grid) for grid in possible_grids(model, axes.sizes(tokens), where.shape[1], extent)]
     for draws in (1, DRAWS):  # cells row by row
         for axes, where, grid in guesses:
-            enough = (
-                min(sure, SURE_OF_SPACE) if grid.cells == axes.sizes(tokens) else sure if draws == 1 else sure - 0.15
-            )
+            enough = max(sure if draws == 1 else sure - 0.15, beyond_chance(where.shape[1]))
+            enough = min(sure, SURE_OF_SPACE) if grid.cells == axes.sizes(tokens) else enough
             right = spells(grid, extent, where, partial(felt, axes, draws=draws), enough)
             if right == 1 or right and grid.cells == axes.sizes(tokens):
                 return in_rows(axes, where, grid)
@@ -444,6 +444,12 @@ def possible_grids(model: nn.Module, sizes: tuple[int, ...], cells: int, extent:
             for pixels in dict.fromkeys(map(tuple, (exact, cut, padded, halved))):
                 for shift in SHIFTS:
                     yield Grid(shape, pixels, shift)
+
+
+def beyond_chance(tokens: int) -> float:
+    """A share of so few tokens that a wrong grid, in which each is right with 1 / BASE, doesn't come to by chance."""
+    deviation = math.sqrt((BASE - 1) / BASE**2 / tokens)
+    return min(1.0, 1 / BASE + DEVIATIONS * deviation)
 
 
 def spells(grid: Grid, extent: tuple[int, ...], where: Tensor, felt: Callable[[Tensor], Tensor], sure: float) -> float:

@@ -58,6 +58,7 @@ INCOMPLETE = "incomplete, and says so"
 NOT_BUILT = "not built"
 SURE = 1e-3  # relative to the output
 CORNER_CELLS = 5  # how many cells of a map are checked
+MIXED_CELLS = 2  # how many of them may be off behind a whole tower, whose attention has mixed the patches
 
 
 # ---- one model -------------------------------------------------------------------------------------------------------
@@ -214,7 +215,7 @@ def misplaced(case: Case) -> str:
     inputs = replace(inputs, about_picture=inputs.about_picture or streams.of_picture)
     name, start = inputs.picture, first_tokens(case.model, inputs, streams.blocks)
     layout = layout_of(case.model, inputs, streams.blocks, start)
-    if name is None or layout.grid is None or layout.place is None or layout.picture is not None:
+    if name is None or layout.grid is None or layout.place is None and layout.picture is None:
         return ""
     picture = inputs.tensors[name]
     if len(layout.grid) != 2 or picture.dim() != 4:
@@ -232,11 +233,13 @@ def misplaced(case: Case) -> str:
         ]
         part += 3 * torch.randn(part.shape, generator=generator).to(part)
         moved = first_tokens(case.model, inputs.replaced(name, changed), streams.blocks) - start
-        strongest = int(layout.pick(layout.axes.arrange(moved).norm(dim=-1))[0].argmax())
-        found = divmod(strongest, columns)
+        felt = layout.pick(layout.axes.arrange(moved).norm(dim=-1))
+        felt = felt if layout.picture is None else felt.gather(1, layout.picture)
+        found = divmod(int(felt[0].argmax()), columns)
         if max(abs(found[0] - row), abs(found[1] - column)) > 1:
             faults.append(f"changing cell {(row, column)} of {rows} x {columns} moves {found}")
-    return "; ".join(faults)
+    few = layout.picture is not None and len(faults) <= MIXED_CELLS
+    return "" if few else "; ".join(faults)
 
 
 def is_refusal(error: Exception) -> bool:

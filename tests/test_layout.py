@@ -25,6 +25,7 @@ from transformers import (
 )
 
 from libragrad_minimal import PLAIN, attribute, libra_grad
+from libragrad_minimal.layout import beyond_chance
 from libragrad_minimal.zoo import build
 
 
@@ -287,6 +288,20 @@ def test_tokens_of_a_codebook_have_no_map():
     assert (result.completeness_error < 1e-4 * (1 + result.output.abs())).all()
     with pytest.raises(ValueError, match="no map of the picture.*words of a codebook"):
         _ = result.maps
+
+
+def test_a_picture_without_one_of_its_patches_has_no_map():
+    """UDOP merges the patches under its words with them: fifteen of sixteen are left, and aren't five rows of three."""
+    case = build("transformers", "vision-language udop")
+    result = attribute(case.model, case.inputs, case.target, readout=case.readout)
+    with pytest.raises(ValueError, match="no map of the picture"):
+        _ = result.maps
+
+
+@pytest.mark.parametrize("tokens", [9, 15, 64, 576])
+def test_a_wrong_grid_is_not_right_by_chance(tokens):
+    right = torch.rand(20000, tokens, generator=torch.Generator().manual_seed(0)) < 1 / 4
+    assert (right.double().mean(1) >= beyond_chance(tokens)).double().mean() < 2e-3
 
 
 class Arranged(nn.Module):
