@@ -34,12 +34,13 @@ from .families import Inputs, call, explains_picture_for_texts, name_of
 from .files import only_one, whole_file
 from .layout import first_tokens, layout_of
 from .readout import chosen_rows, explained, kept_rows, rows_of_answer
+from .small_timm import twins
 from .streams import find_streams, removed, topological
-from .zoo import CONVOLUTIONS, NOTHING_MIXED, Case, NotBuilt, build, kind_and_structure
+from .zoo import Case, NotBuilt, build
 
 COLUMNS = (
     "model kind engine engine_detail engine_error attribute attribute_detail attribute_error grid seconds megabytes "
-    "library torch libragrad_minimal structure"
+    "library torch libragrad_minimal"
 ).split()
 DISTRIBUTIONS = {
     "timm": "timm",
@@ -64,23 +65,14 @@ MIXED_CELLS = 2  # how many of them may be off behind a whole tower, whose atten
 # ---- one model -------------------------------------------------------------------------------------------------------
 
 
-def verdicts(library: str, name: str, judged: Mapping[str, str] | None = None) -> dict[str, Any]:
-    """One row, without versions: is libra_grad inside observed() complete, and attribute(FullGrad+)?
-
-    judged: structure -> model of timm that has it and needs not be judged again.
-    """
+def verdicts(library: str, name: str) -> dict[str, Any]:
+    """One row, without versions: is libra_grad inside observed() complete, and attribute(FullGrad+)?"""
     started = time.perf_counter()
-    kind, structure = kind_and_structure(library, name)
-    if kind == CONVOLUTIONS:
-        return {"engine": NOT_BUILT, "engine_detail": NOTHING_MIXED}
-    if structure in (judged or {}):
-        twin = f"is {judged[structure]} but for its sizes"  # type: ignore[index]
-        return {"kind": kind, "engine": NOT_BUILT, "engine_detail": twin, "structure": structure}
     try:
         case = build(library, name)
     except NotBuilt as error:
         return {"kind": name.split()[0] if " " in name else "", "engine": NOT_BUILT, "engine_detail": one_line(error)}
-    row: dict[str, Any] = {"kind": case.kind, "structure": structure}
+    row: dict[str, Any] = {"kind": case.kind}
     number: list[Tensor] = []
     for whose, judge in (("engine", judge_engine), ("attribute", judge_attribute)):
         try:
@@ -287,7 +279,18 @@ def sweep(library: str, names: Sequence[str], path: Path, processes: int = 1, bo
     """
     with only_one(path):
         table = Table(path, library)
-        fill(table, library, [name for name in names if name not in table.done], processes, bounds or Bounds())
+        left = [name for name in names if name not in table.done]
+        same = twins([*table.judged, *left]) if library == "timm" else {}
+        fill(table, library, [name for name in left if name not in same], processes, bounds or Bounds())
+        for name in set(left) & set(same):
+            table.add({"model": name} | row_of_twin(table.done[same[name]]))
+
+
+def row_of_twin(row: Mapping[str, Any]) -> dict[str, Any]:
+    """Of a model that is another one but for its sizes, and so needs no verdict of its own."""
+    if row["engine"] != NOT_BUILT:
+        return {"kind": row["kind"], "engine": NOT_BUILT, "engine_detail": f"is {row['model']} but for its sizes"}
+    return {name: row.get(name, "") for name in ("kind", "engine", "engine_detail")}
 
 
 def fill(table: Table, library: str, left: list[str], processes: int, bounds: Bounds) -> None:
@@ -297,7 +300,7 @@ def fill(table: Table, library: str, left: list[str], processes: int, bounds: Bo
         try:
             while left or running:
                 while left and len(running) < processes:
-                    running.append(begun(processes_of_models, table, library, left.pop(0), bounds))
+                    running.append(begun(processes_of_models, library, left.pop(0), bounds))
                 bar.set_postfix_str(", ".join(run.name for run in running))
                 soonest = min(run.until for run in running)
                 wait([run.answers for run in running], timeout=max(0.0, min(1.0, soonest - time.monotonic())))
@@ -321,9 +324,9 @@ def context(library: str) -> Any:
     return made
 
 
-def begun(processes: Any, table: Table, library: str, name: str, bounds: Bounds) -> Run:
+def begun(processes: Any, library: str, name: str, bounds: Bounds) -> Run:
     ours, theirs = processes.Pipe(duplex=False)
-    process = processes.Process(target=work, args=(library, name, table.judged, bounds, theirs), daemon=True)
+    process = processes.Process(target=work, args=(library, name, bounds, theirs), daemon=True)
     process.start()
     theirs.close()
     return Run(name, process, ours, time.monotonic() + bounds.seconds)
@@ -346,7 +349,7 @@ def outcome(run: Run, bounds: Bounds) -> dict[str, Any] | None:
     return row
 
 
-def work(library: str, name: str, judged: Mapping[str, str], bounds: Bounds, answers: Connection) -> None:
+def work(library: str, name: str, bounds: Bounds, answers: Connection) -> None:
     """What the process of one model does."""
     os.environ.update(HF_HUB_OFFLINE="1", TQDM_DISABLE="1")
     torch.set_num_threads(1)
@@ -354,7 +357,7 @@ def work(library: str, name: str, judged: Mapping[str, str], bounds: Bounds, ans
     silence()
     limit_memory(bounds)
     try:
-        row = verdicts(library, name, judged)
+        row = verdicts(library, name)
     except (MemoryError, RuntimeError) as error:
         if not isinstance(error, MemoryError) and "memory" not in str(error):
             row = not_made(error)
@@ -417,25 +420,25 @@ class Table:
             "torch": torch.__version__,
             "libragrad_minimal": version("libragrad_minimal"),
         }
-        lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
-        header = (",".join(COLUMNS) + "\n").encode()
-        if not lines or lines[0] != header or not lines[-1].endswith(b"\n"):
-            rows = list(csv.DictReader(line.decode() for line in lines if line.endswith(b"\n")))
-            with whole_file(path) as unfinished, unfinished.open("w", newline="", encoding="utf-8") as file:
-                writer = csv.DictWriter(file, COLUMNS, restval="", extrasaction="ignore", lineterminator="\n")
-                writer.writeheader()
-                writer.writerows(rows)
-        ours = [row for row in read(path) if row["library"] == self.versions["library"]]
-        self.done = {row["model"] for row in ours}
-        self.judged = {row["structure"]: row["model"] for row in ours if row["structure"] and row["attribute"]}
+        if not path.exists() or not path.read_bytes().endswith(b"\n"):
+            lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
+            whole = b"".join(line for line in lines if line.endswith(b"\n"))
+            with whole_file(path) as unfinished:
+                unfinished.write_bytes(whole or (",".join(COLUMNS) + "\n").encode())
+        ours = (row for row in read(path) if row["library"] == self.versions["library"])
+        self.done: dict[str, Mapping[str, Any]] = {row["model"]: row for row in ours}
+
+    @property
+    def judged(self) -> list[str]:
+        """The models that have a row, those with a verdict first."""
+        return sorted(self.done, key=lambda name: not self.done[name]["attribute"])
 
     def add(self, row: dict[str, Any]) -> None:
         with self.path.open("a", newline="", encoding="utf-8") as file:
             csv.DictWriter(file, COLUMNS, restval="", lineterminator="\n").writerow(row | self.versions)
             file.flush()
             os.fsync(file.fileno())
-        if row.get("structure") and row.get("attribute"):
-            self.judged.setdefault(row["structure"], row["model"])
+        self.done[row["model"]] = dict.fromkeys(COLUMNS, "") | row
 
 
 def version(distribution: str) -> str:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import fnmatch
 import re
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from .families import Inputs, call, embedding_of, generates
 from .made_inputs import INPUTS
 from .small_configs import LAYERS, WORDS, part_for, small_config
-from .small_timm import MOST_PARAMETERS, picture_of, smallest, structure
+from .small_timm import MOST_PARAMETERS, picture_of, smallest
 from .treatments import TREATMENTS
 
 LIBRARIES = ("timm", "transformers", "open_clip", "treated")  # the last: one small Llama in many ways
@@ -130,26 +130,18 @@ def timm_names(pattern: str) -> list[str]:
 
 def timm_case(name: str) -> Case:
     expected, chosen = picture_of(name)
+    kind = ""
+    with suppress(Exception), torch.device("meta"):  # some can't be made without weights
+        kind = kind_of(smallest(name, num_classes=7, **chosen))
+    if kind == CONVOLUTIONS:
+        raise NotBuilt(NOTHING_MIXED)
     try:
         model: Any = perturbed(smallest(name, num_classes=7, **chosen))
     except ValueError as error:
         raise NotBuilt(str(error)) from error
-    kind = kind_of(model)
-    if kind == CONVOLUTIONS:
+    if not kind and (kind := kind_of(model)) == CONVOLUTIONS:
         raise NotBuilt(NOTHING_MIXED)
     return asked(kind, model, torch.randn(1, *expected))
-
-
-def kind_and_structure(library: str, name: str) -> tuple[str, str]:
-    """Of a model of timm, without its weights: models of one structure are one but for their sizes."""
-    if library != "timm":
-        return "", ""
-    try:
-        with torch.device("meta"):
-            model = smallest(name, num_classes=7, **picture_of(name)[1])
-    except Exception:  # can't be made so; it will be tried with weights
-        return "", ""
-    return kind_of(model), structure(model)
 
 
 def kind_of(model: nn.Module) -> str:

@@ -11,7 +11,7 @@ from libragrad_minimal import sweep as sweeping
 from libragrad_minimal import zoo
 from libragrad_minimal.cli import main
 from libragrad_minimal.small_configs import SMALL, small_config
-from libragrad_minimal.small_timm import MOST_PARAMETERS, smallest, structure
+from libragrad_minimal.small_timm import MOST_PARAMETERS, smallest, twins, without_sizes
 from libragrad_minimal.special_configs import LAYERS, WIDTH
 from libragrad_minimal.sweep import (
     COLUMNS,
@@ -119,19 +119,26 @@ def test_filled_configurations_have_less_of_none():
 # ---- models that are one but for their sizes ------------------------------------------------------------------------
 
 
-def structure_of(name, **options):
+def test_twins_differ_in_sizes_alone():
+    ours = "vit_tiny_patch16_224"
+    others = ["vit_large_patch32_384", "vit_base_patch16_224"]
+    assert twins([ours, *others]) == dict.fromkeys(others, ours)
+    assert twins([ours, "vit_tiny_r_s16_p8_224", "test_vit2", "deit_tiny_distilled_patch16_224", "mixer_b16_224"]) == {}
+
+
+@pytest.mark.parametrize(
+    ("one", "other"), [(0, 1), (1, 2), (True, False), (None, 1), ("s1", "t1"), ((1, 0), (1, 1)), ({"a": 1}, {"b": 1})]
+)
+def test_switches_are_no_sizes(one, other):
+    assert without_sizes(one) != without_sizes(other)
+    assert without_sizes({"x": [one, 7]}) != without_sizes({"x": [other, 7]})
+
+
+def test_asking_leaves_timm_as_it_was():
     import timm
 
-    with torch.device("meta"):
-        return structure(timm.create_model(name, **options))
-
-
-def test_structure_tells_everything_but_sizes():
-    ours = structure_of("vit_tiny_patch16_224")
-    assert ours == structure_of("vit_large_patch32_384") == structure_of("vit_tiny_patch16_224", depth=3)
-    for switch in (dict(qkv_bias=False), dict(init_values=0.1), dict(class_token=False, global_pool="avg")):
-        assert structure_of("vit_tiny_patch16_224", **switch) != ours
-    assert structure_of("vit_tiny_patch16_224", reg_tokens=4) != ours
+    twins(["vit_tiny_patch16_224"])
+    assert timm.create_model("test_vit").num_classes == 1000
 
 
 def test_models_too_large_are_narrowed():
@@ -143,8 +150,8 @@ def test_models_too_large_are_narrowed():
 def test_one_of_several_sizes_is_judged(tmp_path):
     path = tmp_path / "table.csv"
     sweep("timm", ["test_vit", "vit_tiny_patch16_224", "vit_small_patch16_224"], path)
-    other, first, second = read(path)
-    assert first["attribute"] == "complete" and first["structure"] == second["structure"] != other["structure"]
+    _, first, second = read(path)
+    assert first["attribute"] == "complete"
     assert (second["attribute"], second["engine_detail"]) == ("", "is vit_tiny_patch16_224 but for its sizes")
 
 
@@ -257,15 +264,6 @@ def test_what_was_found_with_other_versions_is_found_anew(tmp_path):
     text = path.read_text().replace("timm ", "timm 0.")
     path.write_text(text)
     assert Table(path, "timm").done == set()
-
-
-def test_tables_of_before_get_the_columns_of_now(tmp_path):
-    path = tmp_path / "table.csv"
-    path.write_text('model,library,engine_detail\ntest_vit,old,"with, a comma"\n')
-    Table(path, "timm").add({"model": "test_vit2"})
-    first, second = read(path)
-    assert (list(first), first["engine_detail"], first["structure"]) == (COLUMNS, "with, a comma", "")
-    assert second["model"] == "test_vit2"
 
 
 @pytest.mark.parametrize(
