@@ -145,7 +145,7 @@ def pictures_in_texts(model: nn.Module, config: Any) -> Made:
             whole = {"input_ids": ids, **way, **{name: value for name, value in more.items() if name in known}}
             answered = whole | {"decoder_input_ids": words(4, 1)} if "decoder_input_ids" in known else whole
             yield from (answered, whole) if getattr(config, "is_encoder_decoder", False) else (whole, answered)
-    if "pixel_values" in known:
+    if "pixel_values" in known or "flattened_patches" in known:
         yield from pictures_beside_texts(config, known)
     else:  # a model of texts alone, in spite of its kind
         yield {"input_ids": words()}
