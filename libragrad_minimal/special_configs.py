@@ -156,6 +156,6 @@ SPECIAL: dict[str, dict[str, Any]] = {
         )
     ),
     "ShieldGemma2Config": dict(yes_token_index=10, no_token_index=11),
-    "TimmBackboneConfig": dict(backbone="vit_tiny_patch16_224"),
+    "TimmBackbone": dict(backbone="vit_tiny_patch16_224"),
     "UnlimitedOcrSamVisionConfig": dict(downsample_channels=[WIDTH, WIDTH]),
 }

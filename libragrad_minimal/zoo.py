@@ -28,7 +28,7 @@ ATTENTION = re.compile(r"att(entio)?n|mhsa|gpsa|litemla", re.I)
 CHANNELS_ALONE = re.compile(
     r"selectivekernel|squeeze|effnet_?attn|nonlocal|^(se|eca|cbam|split|channel|spatial)\w*att", re.I
 )
-MIXING = re.compile(r"mixer|mixing|poolformer|glu|gated|gating|mamba|recurrent|sequencer|^resmlp", re.I)
+MIXING = re.compile(r"mixer|mixing|metaformer|glu|gated|gating|mamba|recurrent|sequencer|^resmlp", re.I)
 SMALL_BY_NAME = re.compile(r"nano|tiny|atto|femto|pico|xxs|xs|small|050|035|micro|_s(_|\d|$)|_t(_|\d|i_|$)|_m?0|_9_")
 LARGE = re.compile(
     r"giant|huge|large|enormous|gigantic|so\d+m|_7b|_[123]b|base|medium|_x?l(_|$)|_x?b(_|$)|\d{3}m|384|512"
