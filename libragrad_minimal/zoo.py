@@ -245,20 +245,23 @@ def open_clip_case(name: str) -> Case:
     name, tower = name.rsplit(" ", 1)
     config = open_clip.get_model_config(name)
     vision, text = config["vision_cfg"], config["text_cfg"]
-    config.pop("multimodal_cfg", None)
-    for part in (vision, text):
+    captions = "multimodal_cfg" in config  # CoCa, which needs all of its parts
+    for part in (vision, text, *([config["multimodal_cfg"]] if captions else [])):
         part["layers"] = [1, 1, 1, 1] if isinstance(part.get("layers"), list) else LAYERS
-    if tower == "picture":
+    if captions:
+        text["vocab_size"] = WORDS
+    elif tower == "picture":
         text = config["text_cfg"] = dict(layers=1, width=64, heads=1, vocab_size=WORDS)
     else:
         config["vision_cfg"] = vision = dict(layers=1, width=64, head_width=64, image_size=32, patch_size=32)
         text["vocab_size"] = WORDS
-        if text.get("hf_model_name"):
-            stand_in_for_hub()
-            text["hf_model_pretrained"] = False
+    if text.get("hf_model_name"):
+        stand_in_for_hub()
+        text["hf_model_pretrained"] = False
     custom = config.pop("custom_text", False) or "timm_model_name" in vision or "hf_model_name" in text
+    made: Any = open_clip.CoCa if captions else open_clip.CustomTextCLIP if custom else open_clip.CLIP
     with small_timm():
-        model = perturbed((open_clip.CustomTextCLIP if custom else open_clip.CLIP)(**config))
+        model = perturbed(made(**config))
     if tower == "picture":
         size = vision["image_size"]
         inputs: Tensor = torch.randn(1, 3, *(size if isinstance(size, list | tuple) else (size, size)))
