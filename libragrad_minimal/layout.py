@@ -77,8 +77,8 @@ class Layout:
         return scores[:, place] if place.dim() == 1 else scores.gather(1, place)
 
 
-class Reached(Exception):
-    """The first block was reached: nothing behind it needs to run."""
+class Reached(BaseException):
+    """The first block was reached: nothing behind it needs to run. No error, which a model might catch."""
 
 
 def first_tokens(model: nn.Module, inputs: Inputs, blocks: tuple[nn.Module, ...]) -> Tensor:

@@ -94,7 +94,7 @@ def test_transformers(name, attention):
         pytest.skip(f"transformers has no sdpa for {name}")
     transformers.logging.set_verbosity_error()
     config = getattr(transformers, f"{name}Config")(**DECODERS[name], **SPECIAL_TOKENS)
-    model = perturbed(transformers.AutoModelForCausalLM.from_config(config, attn_implementation=attention), 0.05)
+    model = perturbed(transformers.AutoModelForCausalLM.from_config(config, attn_implementation=attention))
     tokens = torch.randint(3, 64, (2, 7))
     embeddings = model.get_input_embeddings()(tokens).detach().requires_grad_()
     before = model(inputs_embeds=embeddings).logits
