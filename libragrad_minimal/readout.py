@@ -72,6 +72,8 @@ def kept_rows(model: nn.Module, inputs: Inputs, rows: Tensor | None) -> tuple[Te
     """The rows for which the model need compute logits, and where among them each sample's own is."""
     if rows is None or not accepts(model, "logits_to_keep") or "labels" in inputs.tensors:
         return None, rows
+    if accepts(model, "decoder_input_ids") and "decoder_input_ids" not in inputs.tensors:
+        return None, rows  # it makes its own, and perhaps fewer
     return rows.unique(return_inverse=True)
 
 

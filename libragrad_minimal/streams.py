@@ -167,8 +167,9 @@ Roots = dict[Node, str]  # what the model is given, ids once they are embedded -
 def streams_in_graph(model: nn.Module, inputs: Inputs, lists: dict[str, list[nn.Module]]) -> Streams:
     """The streams, out of these lists, that the graph of one forward pass shows."""
     answer, roots, calls = look_round(model, inputs, lists)
-    if len(lists) == 1:
-        found = Streams(tuple(next(iter(lists.values()))))
+    ran = {call.name for call in calls}  # of a text alone, the tower for pictures doesn't
+    if len(lists) == 1 or len(ran) == 1:
+        found = Streams(tuple(lists[ran.pop()] if ran else next(iter(lists.values()))))
     else:
         found = told_apart(model, inputs, lists, answer, roots, calls)
     return with_ways_past(found, answer, roots, calls)

@@ -73,6 +73,35 @@ def test_towers_side_by_side_are_refused_and_can_be_named():
     torch.testing.assert_close(by_name.scores, by_module.scores)
 
 
+class FedTwice(nn.Module):
+    """Blocks of which each is given the first tokens again, beside a tower that nothing is given to."""
+
+    def __init__(self):
+        super().__init__()
+        self.vit, self.blocks = tiny_vit(), nn.ModuleList([Fed(24), Fed(24)])
+        self.embed, self.head = nn.Linear(6, 24), nn.Linear(24, 5)
+
+    def forward(self, x=None, sequence=None):
+        if x is not None:
+            return self.vit(x)
+        first = tokens = self.embed(sequence)
+        for block in self.blocks:
+            tokens = block(tokens, first)
+        return self.head(tokens.mean(1))
+
+
+class Fed(Residual):
+    def forward(self, x, first):
+        return x + self.linear(self.norm(x)) + first / 2
+
+
+def test_a_tower_that_does_not_run_is_no_choice():
+    model = perturbed(FedTwice())
+    streams = find_streams(model, Inputs({"sequence": torch.randn(2, 7, 6)}))
+    assert streams.blocks == tuple(model.blocks)
+    assert find_streams(model, Inputs({"x": PICTURES})).blocks == tuple(model.vit.blocks)
+
+
 class Wide(nn.Module):
     """A single list of blocks, and beside it a way from the input to the answer."""
 
