@@ -19,7 +19,9 @@ from PIL import Image
 from .fonts import OWN_MONO, characters, families_for, file_of
 
 POSITIVE, NEGATIVE = (213, 94, 0), (0, 114, 178)  # Okabe and Ito's vermilion and blue: told apart by colour-blind eyes
-STRONGEST = 0.7  # opacity of the highest score; the text stays readable, dark on light pages and light on dark ones
+# Opacities of the highest score's colour and of a muted token: text keeps a contrast of 4.5 to 1, on light pages and on
+# the dark ones of Jupyter, Colab and our site, which write in a light grey.
+STRONGEST, MUTED = 0.55, 0.65
 
 
 @dataclass(frozen=True)
@@ -135,7 +137,7 @@ def _token_html(token: str, score: float, opacity: float, muted: bool, look: Loo
         "line-height:1.45;border-radius:3px;font-family:monospace;"
     )
     if muted:
-        paint, hover = "opacity:.4", "not scored"
+        paint, hover = f"opacity:{MUTED}", "not scored"
     else:  # against: dotted line, so that the sign survives a black-and-white printer
         line = ";border-bottom:2px dotted currentColor" if opacity < -0.1 else ""
         paint, hover = f"background:rgba({red},{green},{blue},{look.alpha * abs(opacity):.2f}){line}", f"{score:+.3g}"
@@ -181,7 +183,7 @@ def _strips_figure(strips: Sequence[Strip], width: float, look: Look) -> Figure:
         axes.add_patch(plt.Rectangle((x - 0.15, y + 0.02), wide + 0.3, 0.76, facecolor=face, linewidth=0))
         if strength < -0.1 and not muted:
             axes.plot([x, x + wide], [y + 0.78] * 2, color="0.2", linestyle=":", linewidth=1)
-        axes.text(x, y + 0.4, text, color="0.6" if muted else "black", **style)
+        axes.text(x, y + 0.4, text, color="0.45" if muted else "black", **style)
     plt.close(figure)
     return figure
 

@@ -1,4 +1,4 @@
-"""A word on stderr for whatever takes longer than a person waits without one."""
+"""A word on stderr: what takes longer than a person waits without one, and what went wrong."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from threading import Event, Thread
+
+from tqdm import tqdm
 
 PATIENCE = 2.0  # seconds
 
@@ -38,3 +40,7 @@ def telling(what: str, has_bar: bool = False) -> Iterator[None]:
     finally:
         done.set()
         teller.join()
+
+
+def complain(message: str) -> None:
+    tqdm.write(f"libragrad: {' '.join(message.split())}", file=sys.stderr)

@@ -17,6 +17,7 @@ from PIL import Image
 from torchvision import transforms
 
 import libragrad_minimal.cli as cli
+import libragrad_minimal.commands as commands
 from libragrad_minimal import LIBRA, PLAIN, attribute, audits, progress
 from libragrad_minimal.demo_vits import VITS
 from libragrad_minimal.explanations import crop_box
@@ -165,7 +166,7 @@ def test_audit_of_a_model_with_an_unsupported_operation_exits_with_1(monkeypatch
     assert "unsupported" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("name", cli.libragrad.commands)
+@pytest.mark.parametrize("name", cli.COMMANDS)
 def test_help_shows_an_example_that_can_be_typed(name, capsys):
     assert run(name, "--help") == 0
     out = capsys.readouterr().out
@@ -174,7 +175,21 @@ def test_help_shows_an_example_that_can_be_typed(name, capsys):
     for example in examples:
         program, command, *arguments = shlex.split(example)
         assert (program, command) == ("libragrad", name)
-        cli.libragrad.commands[command].make_context(command, arguments)  # which raises if it can't be understood
+        commands.commands[command].make_context(command, arguments)  # which raises if it can't be understood
+
+
+@pytest.mark.parametrize("name", cli.COMMANDS)
+def test_the_list_of_commands_says_what_their_own_help_says(name):
+    assert commands.commands[name].help.startswith(cli.COMMANDS[name])
+
+
+def test_every_command_is_listed_without_torch():
+    assert list(cli.COMMANDS) == list(commands.commands)
+    asked = "import sys; from libragrad_minimal.cli import main; main(['--help'])"
+    ask = f"{asked}; print(*{{'torch', 'numpy'}} & {{*sys.modules}})"
+    done = subprocess.run([sys.executable, "-c", ask], cwd=DATA.parent, capture_output=True, text=True, check=True)
+    *told, imported = done.stdout.splitlines()
+    assert imported == "" and all(any(line.split()[:1] == [name] for line in told) for name in cli.COMMANDS)
 
 
 def test_without_a_command_there_is_help(capsys):
@@ -185,7 +200,7 @@ def test_without_a_command_there_is_help(capsys):
 def test_help_names_the_default_model_and_what_the_demo_knows(capsys):
     assert run("image", "-h") == 0
     words = " ".join(capsys.readouterr().out.split())
-    assert cli.REAL["vit"] in words and "which knows twelve drawn glyphs and no photograph" in words
+    assert commands.REAL["vit"] in words and "which knows twelve drawn glyphs and no photograph" in words
 
 
 @pytest.mark.parametrize(
@@ -294,22 +309,22 @@ def test_integrated_gradients_run_plain_by_default(tmp_path, capsys):
 )
 def test_the_default_is_a_real_model_and_never_the_demo(kind, arguments, scene, tmp_path, capsys, monkeypatch):
     def nothing_there(asked_kind, name):
-        assert (asked_kind, name) == (kind, cli.REAL[kind])
+        assert (asked_kind, name) == (kind, commands.REAL[kind])
         raise Unreachable("no hub")
 
-    monkeypatch.setattr(cli, "load_pretrained", nothing_there)
+    monkeypatch.setattr(commands, "load_pretrained", nothing_there)
     arguments = [argument.format(scene=scene) for argument in arguments]
-    fails_with(capsys, [*arguments, "-o", tmp_path / "out.png"], f"{cli.REAL[kind]} is not on this machine")
-    monkeypatch.setattr(cli, "load_pretrained", None)
+    fails_with(capsys, [*arguments, "-o", tmp_path / "out.png"], f"{commands.REAL[kind]} is not on this machine")
+    monkeypatch.setattr(commands, "load_pretrained", None)
     assert run(*arguments, *DEMO, "-o", tmp_path / "out.png") == 0, "the cure that is named"
 
 
-@pytest.mark.parametrize("kind", cli.REAL)
+@pytest.mark.parametrize("kind", commands.REAL)
 def test_a_default_that_cannot_be_loaded_is_known_as_such(kind, tmp_path, monkeypatch):
     """The libraries say it in three ways."""
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     with pytest.raises(Unreachable, match="the hub can't be reached"):
-        cli.load_pretrained(kind, cli.REAL[kind])
+        commands.load_pretrained(kind, commands.REAL[kind])
 
 
 # ---- output ----------------------------------------------------------------------------------------------------------
@@ -331,7 +346,7 @@ def test_nothing_is_overwritten_unasked_and_nothing_loaded_before_that_is_known(
     kept = tmp_path / "kept.png"
     kept.write_text("mine")
     (tmp_path / "scores.npz").write_text("mine")
-    monkeypatch.setattr(cli, "load", lambda *_: pytest.fail("work has begun"))
+    monkeypatch.setattr(commands, "load", lambda *_: pytest.fail("work has begun"))
     fails_with(capsys, ["image", scene, "-o", scene], "is the input itself")
     fails_with(capsys, ["image", scene, "-o", tmp_path / "x" / ".." / scene.name], "is the input itself")
     fails_with(capsys, ["image", scene, "-o", kept], "kept.png is there already")
@@ -439,7 +454,7 @@ def test_looks_change_the_picture(scene, tmp_path):
 def test_a_long_text_is_refused_before_the_model_runs(capsys, monkeypatch, tmp_path):
     loaded = load_demo("llama")
     monkeypatch.setattr(loaded.model, "forward", lambda *_, **__: pytest.fail("the model runs"))
-    monkeypatch.setattr(cli, "load_demo", lambda kind: loaded)
+    monkeypatch.setattr(commands, "load_demo", lambda kind: loaded)
     positions = loaded.model.config.max_position_embeddings
     long = "Ben has a red kite. " * positions
     fails_with(capsys, ["text", long, *DEMO, "-o", tmp_path / "a.html"], f"knows {positions} positions: shorten it")
@@ -467,10 +482,37 @@ def test_control_c_ends_in_one_line(scene, tmp_path, capsys, monkeypatch):
     def interrupted(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(cli, "load_demo", interrupted)
+    monkeypatch.setattr(commands, "load_demo", interrupted)
     assert run("image", scene, *DEMO, "-o", tmp_path / "out.png") == 130
     assert capsys.readouterr().err.strip() == "libragrad: stopped"
     assert not (tmp_path / "out.png").exists()
+
+
+BEGUN = "import sys; print('begun', flush=True); from libragrad_minimal.__main__ import main; sys.exit(main())"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seconds", [0.05, 0.1, 0.2, 0.4, 0.7, 1, 1.4, 2])
+def test_control_c_ends_in_one_line_from_the_beginning(seconds, tmp_path):
+    """Counted from where Python itself has started, which prints a traceback of its own before that."""
+    command = [sys.executable, "-c", BEGUN, "demo", "-o", str(tmp_path / "demo.html")]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    process = subprocess.Popen(command, cwd=DATA.parent, **pipes)
+    assert process.stdout.readline() == "begun\n"
+    time.sleep(seconds)
+    process.send_signal(signal.SIGINT)
+    out, error = process.communicate(timeout=60)
+    told = [line for line in error.splitlines() if not line.endswith(" ...")]
+    assert (process.returncode, out, told) == (130, "", ["libragrad: stopped"])
+    assert not list(tmp_path.iterdir())
+
+
+def test_control_c_stays_ignored_where_it_was():
+    command = f"trap '' INT; {shlex.join([sys.executable, '-c', BEGUN, '--help'])}"
+    process = subprocess.Popen(["sh", "-c", command], cwd=DATA.parent, stdout=subprocess.PIPE, start_new_session=True)
+    process.stdout.readline()
+    os.killpg(process.pid, signal.SIGINT)
+    assert b"Usage" in process.communicate(timeout=60)[0] and process.returncode == 0
 
 
 @pytest.mark.slow

@@ -1,8 +1,10 @@
 """What `pip install` brings: a wheel with the library and the demo models, which needs torch, numpy and tqdm alone."""
 
+import ast
 import os
 import subprocess
 import sys
+from importlib import import_module
 from importlib.metadata import packages_distributions, requires
 from pathlib import Path
 from zipfile import ZipFile
@@ -11,6 +13,7 @@ import pytest
 from packaging.requirements import Requirement
 from test_notebooks import PROJECT, ROOT
 
+import libragrad_minimal
 import libragrad_minimal.cli as cli
 from libragrad_minimal.models import DEMOS
 
@@ -132,6 +135,32 @@ def test_a_command_whose_models_come_from_an_absent_library_says_so(package, arg
     assert cli.main(arguments) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert f"needs {package}" in line and "pip install 'libragrad_minimal[notebooks]'" in line
+
+
+def test_the_package_has_its_names_and_imports_what_they_need_when_asked():
+    ask = """
+import pickle, sys
+import libragrad_minimal
+assert not hasattr(libragrad_minimal, "attributes") and "torch" not in sys.modules
+from libragrad_minimal import LIBRA
+assert pickle.loads(pickle.dumps(LIBRA)) == LIBRA and "libragrad_minimal.attribution" not in sys.modules
+before = set(dir())
+from libragrad_minimal import *
+assert set(libragrad_minimal.__all__) <= set(dir()) and set(libragrad_minimal.__all__) <= set(dir(libragrad_minimal))
+assert pickle.loads(pickle.dumps(attribute)) is attribute is libragrad_minimal.attribution.attribute
+assert isinstance(METHODS, dict) and libragrad_minimal.Rules is libragrad_minimal.engine.Rules
+"""
+    subprocess.run([sys.executable, "-c", ask], cwd=ROOT, check=True)
+
+
+def test_type_checkers_see_each_name_where_it_is():
+    """They read the imports that Python itself passes over."""
+    tree = ast.parse((ROOT / "libragrad_minimal" / "__init__.py").read_text(encoding="utf-8"))
+    (shown,) = (node for node in tree.body if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING")
+    homes = {alias.name: f"libragrad_minimal.{node.module}" for node in shown.body for alias in node.names}
+    assert set(homes) == set(libragrad_minimal.__all__)
+    for name, home in homes.items():
+        assert getattr(libragrad_minimal, name) is getattr(import_module(home), name)
 
 
 COMPLETE = """

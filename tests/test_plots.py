@@ -80,7 +80,7 @@ def test_whitespace_is_visible_and_lines_break():
 def test_sign_strength_and_hover():
     up, down, weak, none = Reader(html(Strip(list("abcd"), [2.0, -1.0, 0.05, 0.0]))).spans
     assert "{},{},{}".format(*POSITIVE) in up["style"] and "{},{},{}".format(*NEGATIVE) in down["style"]
-    assert opacity(up) == pytest.approx(STRONGEST) and opacity(down) == pytest.approx(STRONGEST / 2)
+    assert opacity(up) == pytest.approx(STRONGEST) and opacity(down) == pytest.approx(STRONGEST / 2, abs=0.005)
     assert opacity(weak) < 0.05 and opacity(none) == 0
     assert "dotted" in down["style"] and "dotted" not in up["style"]  # the sign survives without colour
     assert (up["title"], down["title"]) == ("+2", "-1")
@@ -118,19 +118,36 @@ def test_colours_differ_for_colour_blind_eyes():
         assert (seen[0] - seen[1]).norm() > 0.5
 
 
-@pytest.mark.parametrize("background", [(255, 255, 255), (17, 17, 17)], ids=["light", "dark"])
-def test_text_is_readable_on_light_and_dark_pages(background):
-    """Contrast of black (white) text on the strongest colours is at least 4.5, the WCAG AA threshold."""
+PAGES = {  # background, text, and the text's own opacity
+    "Jupyter light": ((255, 255, 255), (0, 0, 0), 0.87),
+    "Jupyter dark": ((17, 17, 17), (255, 255, 255), 1),
+    "Colab dark": ((56, 56, 56), (226, 226, 226), 1),
+    "our site, light": ((255, 255, 255), (0, 0, 0), 0.87),
+    "our site, dark": ((30, 33, 41), (226, 228, 233), 0.82),
+}
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_text_is_readable_on_light_and_dark_pages(page):
+    """The contrast is at least 4.5, the WCAG AA threshold, on the strongest colours and where tokens are muted."""
 
     def luminance(colour):
         channels = [c / 12.92 if c <= 0.03928 else ((c + 0.055) / 1.055) ** 2.4 for c in (c / 255 for c in colour)]
         return sum(weight * channel for weight, channel in zip((0.2126, 0.7152, 0.0722), channels, strict=True))
 
-    text = (17, 17, 17) if background[0] > 128 else (238, 238, 238)
-    for hue in (POSITIVE, NEGATIVE):
-        mixed = [STRONGEST * a + (1 - STRONGEST) * b for a, b in zip(hue, background, strict=True)]
-        light, dark = sorted((luminance(text), luminance(mixed)), reverse=True)
-        assert (light + 0.05) / (dark + 0.05) >= 4.5
+    def over(upper, lower, opacity):
+        return [opacity * a + (1 - opacity) * b for a, b in zip(upper, lower, strict=True)]
+
+    def contrast(text, background, opacity):
+        light, dark = sorted((luminance(over(text, background, opacity)), luminance(background)), reverse=True)
+        return (light + 0.05) / (dark + 0.05)
+
+    background, text, of_text = PAGES[page]
+    up, down, muted = Reader(html(Strip(list("abc"), [1.0, -1.0, 0.0], muted={2}))).spans
+    for span, hue in ((up, POSITIVE), (down, NEGATIVE)):
+        assert contrast(text, over(hue, background, opacity(span)), of_text) >= 4.5
+    faded = float(re.search(r"opacity:([\d.]+)", muted["style"]).group(1))
+    assert contrast(text, background, of_text * faded) >= 4.5
 
 
 @pytest.mark.filterwarnings("ignore:no font on this machine")

@@ -122,15 +122,15 @@ EXAMPLES = [line for line in commands(README) if line.startswith(".venv/bin/libr
 @pytest.mark.parametrize("line", EXAMPLES)
 def test_the_command_lines_examples_run_as_printed(line, shared, tmp_path, monkeypatch, capsys):
     """In a folder that has a photo.jpg. The real CLIP and Llama can't be had here: the demo models stand in."""
-    from libragrad_minimal import cli
+    from libragrad_minimal import cli, commands
     from libragrad_minimal.photographs import draw_collage
 
     def loaded(kind, name):
-        assert name == cli.REAL[kind]
-        return load_pretrained(kind, name) if kind == "vit" else cli.load_demo(kind)
+        assert name == commands.REAL[kind]
+        return load_pretrained(kind, name) if kind == "vit" else commands.load_demo(kind)
 
-    load_pretrained = cli.load_pretrained
-    monkeypatch.setattr(cli, "load_pretrained", loaded)
+    load_pretrained = commands.load_pretrained
+    monkeypatch.setattr(commands, "load_pretrained", loaded)
     monkeypatch.chdir(tmp_path)
     draw_collage(1, ["cat", "coffee"]).image.save("photo.jpg")
     assert cli.main(shlex.split(line)[1:]) == 0, capsys.readouterr().err

@@ -2,6 +2,7 @@
 
 import functools
 import http.server
+import re
 import shutil
 import subprocess
 import sys
@@ -14,6 +15,7 @@ from bs4 import BeautifulSoup
 from playwright.sync_api import sync_playwright
 
 ROOT = Path(__file__).resolve().parents[1]
+REPOSITORY_FILE = "https://github.com/libragrad/libragrad-minimal/blob/main/"
 pytestmark = pytest.mark.slow
 
 
@@ -72,11 +74,21 @@ def test_every_notebook_is_a_page_and_every_link_leads_somewhere(site):
         for tag, attribute in (("a", "href"), ("img", "src"), ("script", "src"), ("link", "href")):
             for target in (element[attribute] for element in page.find_all(tag, **{attribute: True})):
                 where = target.partition("#")[0]
+                if where.startswith(REPOSITORY_FILE):
+                    assert (ROOT / where.removeprefix(REPOSITORY_FILE)).exists(), f"{name}: {target}"
                 if ":" in where:
                     assert tag == "a" or where.startswith("data:") or "canonical" in str(page.find(tag, href=target))
                 elif where:
                     path = (site / name / where).resolve()
                     assert path.is_file() or (path / "index.html").is_file(), f"{name}: {target}"
+
+
+def test_the_pictures_of_start_and_gallery_are_there(site):
+    """One that isn't found becomes a link elsewhere, which is no picture."""
+    for name, source in (("", ROOT / "README.md"), ("gallery", ROOT / "site" / "pages" / "gallery.md")):
+        wanted = re.findall(r"!\[[^\]]*\]\((?!https:)(?:.*/)?([^/)]+)\)", source.read_text(encoding="utf-8"))
+        page = BeautifulSoup((site / name / "index.html").read_text(encoding="utf-8"), "html.parser")
+        assert wanted and [image["src"].rpartition("/")[2] for image in page.article.find_all("img")] == wanted
 
 
 def test_formulas_are_set_without_a_script(site):
@@ -106,12 +118,12 @@ def test_in_a_browser(site, address, browser, width, scheme):
         page.close()
 
 
-@pytest.mark.parametrize("name", ["", "gallery", "notebooks/00_balanced_gradients"])
 @pytest.mark.parametrize("width, scheme", [(1200, "light"), (390, "dark")])
-def test_axe_finds_nothing_serious(address, browser, name, width, scheme):
-    page = browser.new_page(viewport={"width": width, "height": 900}, color_scheme=scheme)
-    page.goto(address + name, wait_until="load")
-    found = Axe().run(page).response["violations"]
-    serious = [(one["id"], one["nodes"][0]["html"][:200]) for one in found if one["impact"] in ("serious", "critical")]
-    page.close()
-    assert serious == []
+def test_axe_finds_nothing_serious(site, address, browser, width, scheme):
+    for name in pages_of(site):
+        page = browser.new_page(viewport={"width": width, "height": 900}, color_scheme=scheme)
+        page.goto(address + name, wait_until="load")
+        found = Axe().run(page).response["violations"]
+        serious = [(v["id"], v["nodes"][0]["html"][:200]) for v in found if v["impact"] in ("serious", "critical")]
+        page.close()
+        assert serious == [], name

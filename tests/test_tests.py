@@ -12,6 +12,7 @@ ELSEWHERE = {  # a module without a file of its own -> the file whose tests call
     "averaged": "test_methods.py",
     "batches": "test_benchmark.py",
     "cams": "test_methods.py",
+    "commands": "test_cli.py",
     "demo": "test_cli.py",
     "demo_vits": "test_models.py",
     "explanations": "test_cli.py",
