@@ -94,7 +94,7 @@ def draw_sentences(part: SubFigure, title: str, strips: list[dict]) -> None:
 
 
 def draw_methods() -> None:
-    """One collage, asked for the cat, by every method but averages of another's gradients: on a sheet, and each alone."""
+    """One collage, asked for the cat, by every method but averages of others: on a sheet, and each alone."""
     vit = load_pretrained("vit", "vit_tiny_patch16_224.augreg_in21k_ft_in1k")
     collage = draw_collage(1, ["cat", "coffee"])
     target = vit.model(vit.transform(photograph("cat"))[None]).argmax().item()
