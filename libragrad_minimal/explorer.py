@@ -25,7 +25,9 @@ from .models import LoadedModel, seen_picture, token_texts
 from .plots import Strip, TokenStrips, shown
 from .prompts import encode_prompts
 
-ONE_GRADIENT = [name for name in METHODS if not name.startswith(("IG", "SmoothGrad"))]  # the others take their time
+ONE_GRADIENT = [
+    name for name in METHODS if not name.startswith(("IG", "SmoothGrad", "Occluded"))
+]  # the others take their time
 ALL = "all"
 
 

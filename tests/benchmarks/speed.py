@@ -17,7 +17,7 @@ by more than the differences that matter, the machine was too busy.
 What came out
 -------------
 Two cores of a shared machine (AMD EPYC), torch 2.14, November 2026; the median of each repetition of 15 pairs; memory
-1.000 everywhere. Where others disturbed a repetition (!), it was measured once more. Trainable parameters / frozen ones:
+1.000 everywhere. A repetition disturbed by others (!) was measured once more. Trainable parameters / frozen ones:
 
 - ViT-B/16, batch 1: 0.919, 0.926, 0.942 / 0.928, 0.928, 0.929; batch 8: 0.907, 0.897, 0.892 / 0.898, 0.889, 0.899
 - CLIP ViT-L/14: 0.910, 0.914, 0.911 / 0.895, 0.952 (!), 0.902, 0.920

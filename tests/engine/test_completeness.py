@@ -99,7 +99,7 @@ def test_transformers(name, attention):
     embeddings = model.get_input_embeddings()(tokens).detach().requires_grad_()
     before = model(inputs_embeds=embeddings).logits
     assert relative_error(before[:, -1, 5], embeddings) <= 1e-5
-    assert relative_error(before[:, -1, 5], embeddings, PLAIN) > 1e-2  # the check can fail
+    assert relative_error(before[:, -1, 5], embeddings, PLAIN) > 1e-3  # the check can fail
     assert torch.equal(model(inputs_embeds=embeddings).logits, before)
     model, embeddings = model.double(), embeddings.detach().double().requires_grad_()
     if name == "Mixtral":
