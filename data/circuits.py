@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from libragrad_minimal import ATTN_LRP, LIBRA, PLAIN
 from libragrad_minimal.circuits import attribution_patching, patching
-from libragrad_minimal.files import whole_file
+from libragrad_minimal.files import only_one, whole_file
 from libragrad_minimal.metrics import mean_and_error
 from libragrad_minimal.models import load_pretrained
 
@@ -148,8 +148,14 @@ def main() -> None:
     options = parser.parse_args()
     if options.what == "table":
         print_table()
+    elif options.what == "pairs":
+        print_pairs(options.model)
     else:
-        (print_pairs if options.what == "pairs" else measure)(options.model)
+        try:
+            with only_one(RESULT):
+                measure(options.model)
+        except BlockingIOError as error:
+            parser.error(str(error))
 
 
 if __name__ == "__main__":

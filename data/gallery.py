@@ -52,7 +52,7 @@ FOLDER = Path(__file__).parent
 VIT_TINY = "vit_tiny_patch16_224.augreg_in21k_ft_in1k"
 
 COMBINED = {"IG FullGrad+", "IG AttCAT"}  # of the combinations with averages, which take hours together
-MEASURED = [method for method in METHODS if not method.startswith(("IG ", "SmoothGrad ")) or method in COMBINED]
+MEASURED = [method for method in METHODS if not method.startswith(("IG ", "SmoothGrad ", "Occ")) or method in COMBINED]
 WITH_GRADIENTS = [method for method in MEASURED if uses_gradients(method)]
 FEW = ["IxG", "FullGrad", "FullGrad+"]
 RUNS = {  # rules -> which methods

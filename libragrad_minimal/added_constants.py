@@ -138,6 +138,8 @@ class Shares:
     tokens_first: set[Node]  # the nodes whose results are (N, B, C), where N = B leaves that open
     caught: dict[Constant, list[Way | None]] = field(default_factory=dict)  # for each way in which it can lie
     passed_on: dict[Constant, list[Way | None]] = field(default_factory=dict)  # the same where a layer adds it
+    precision: dict[Constant, float] = field(default_factory=dict)  # of what arrives there: half, perhaps
+    rounding: dict[Constant, float] = field(default_factory=dict)  # how far off its attribution as a whole may be
     settled: list[ConstantShare] = field(default_factory=list)
     assumed: dict[int, Constant] = field(default_factory=dict)  # numbers of shares that take samples to come first
     unclear: dict[int, Constant] = field(default_factory=dict)  # those whose samples aren't told apart
@@ -148,6 +150,7 @@ class Shares:
 
     def catch(self, constant: Constant, value: Tensor, place: Entrance, arriving: Tensor) -> None:
         gradient = precise(arriving).reshape(place.shape)
+        self.precision[constant] = max(self.precision.get(constant, 0.0), torch.finfo(arriving.dtype).eps)
         found = [self.by_token(p, place) for p in products(precise(value.detach()), gradient)]
         caught = self.caught if value is constant.tensor else self.passed_on
         ways = caught.setdefault(constant, [{} for _ in found])
@@ -196,9 +199,12 @@ class Shares:
         """The way to lie whose shares add up to the constant's attribution as a whole."""
         if gradient is None:
             return
-        whole = (precise(constant.tensor.detach()) * precise(gradient)).sum()
-        for way in [*self.passed_on.pop(constant, []), *self.caught.pop(constant, [])]:
-            if way and torch.isclose(total_of(way), whole, 1e-3, 1e-6 * extent(way)):
+        parts = precise(constant.tensor.detach()) * precise(gradient)
+        whole = parts.sum()
+        self.rounding[constant] = self.precision.get(constant, 0.0) * float(parts.abs().sum())
+        ways = sorted(filter(None, self.caught.pop(constant, [])), key=lambda way: abs(float(total_of(way) - whole)))
+        for way in filter(None, [*self.passed_on.pop(constant, []), *ways]):
+            if torch.isclose(total_of(way), whole, 1e-3, 1e-6 * extent(way) + self.rounding[constant]):
                 unclear = {place.layer for place in constant.entrances if not self.samples_first(place)}
                 for layer, share in way.items():
                     if layer in unclear and self.samples > 1:
@@ -217,7 +223,7 @@ class Shares:
             own = of_first_sample[constant]
             numbers = [number for number, other in self.assumed.items() if other is constant]
             taken = torch.stack([self.settled[number].total for number in numbers]).sum(0)
-            if not torch.isclose(taken[0], own, rtol=1e-3, atol=1e-5 * float(taken.abs().sum())):
+            if not torch.isclose(taken[0], own, 1e-3, 1e-5 * float(taken.abs().sum()) + self.rounding[constant]):
                 layer = self.settled[numbers[-1]].layer
                 for number in numbers:
                     self.settled[number] = ConstantShare(layer, None, torch.zeros_like(taken))

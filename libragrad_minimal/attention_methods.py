@@ -23,7 +23,7 @@ def read_row(run: Recording, matrix: Tensor) -> Tensor:
 
 
 def identity(run: Recording) -> Tensor:
-    return torch.eye(run.valid.shape[1], device=run.output.device).expand(len(run.output), -1, -1)
+    return torch.eye(run.valid.shape[1], dtype=run.dtype, device=run.output.device).expand(len(run.output), -1, -1)
 
 
 @reads(MAPS)
@@ -88,7 +88,7 @@ def tokentm(run: Recording) -> Scores:
         raise ValueError(
             "TokenTM needs a residual stream between attention and MLP, and these blocks run them side by side"
         )
-    relevance = torch.diag_embed(precise(run.tokens[0]).norm(dim=-1))
+    relevance = torch.diag_embed(run.tokens[0].to(run.dtype).norm(dim=-1))
     for layer, (a, g) in enumerate(zip(attention, run.gradients.attention, strict=True)):
         before, after = change(run, run.tokens[layer], middle[layer]), change(run, middle[layer], run.tokens[layer + 1])
         relevance = relevance + a.mean(1) * before[:, None] * g.relu().mean(1) @ relevance

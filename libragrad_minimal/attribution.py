@@ -16,10 +16,11 @@ from .engine.checks import explained_errors
 from .families import Inputs, check_inputs, explains_picture_for_texts, name_of
 from .methods import METHODS, check_method, default_rules, reads_of
 from .readout import check_target, checked_readout
-from .recording import MAPS, Recording, Request, record
+from .recording import MAPS, Recording, Request, record, without_autocast
 from .scores import second_scores
-from .streams import find_streams
+from .streams import find_streams, told
 
+CALLER = 6  # the frame of a user of `attribute`, from a function that is called there; two are of torch._disable_dynamo
 WARNED = 1e-3  # completeness error, relative to the output, of a method that promises completeness
 
 
@@ -93,6 +94,7 @@ def attribute(
     return attribute_many(model, inputs, target, methods, rules, blocks=blocks, start=start, readout=readout)[method]
 
 
+@torch._disable_dynamo  # within a function that is compiled it runs as it is
 def attribute_many(
     model: nn.Module,
     inputs: Tensor | Mapping[str, Any],
@@ -131,20 +133,23 @@ def attribute_many(
     for chosen, names in names_by_rules.items():
         reads = frozenset().union(*map(reads_of, names))
         run = record(Request(model, asked, target, chosen, blocks, readout, start, reads))
-        results |= {name: attribution(run, name, methods[name]) for name in names}
+        for name in names:
+            results[name] = attribution(run, name, methods[name])
     return {name: results[name] for name in methods}
 
 
 def attribution(run: Recording, name: str, options: Mapping[str, Any]) -> Attribution:
     """One method's result, as users see it."""
-    with torch.enable_grad(), explained_errors():
+    with torch.enable_grad(), without_autocast(run.output.device.type), explained_errors():
         result = METHODS[name](run, **options)
     output, layout = run.output.detach(), run.layout
     total = torch.full_like(output, torch.nan) if result.total is None else result.total.detach()
     error = (precise(output) - total).abs()
     promised = result.promised and complete(run.rules)
     if promised:
-        warn_if_incomplete(name, error, output, result.tokens)
+        warn_if_incomplete(name, error, output, result.tokens, run.rounding)
+    warn_if_underflown(run)
+    warn_if_padding_counts(run)
     scores = layout.pick(result.tokens.detach() * run.valid)
     second = None
     if run.second is not None and not reads_of(name) & {MAPS}:
@@ -154,16 +159,16 @@ def attribution(run: Recording, name: str, options: Mapping[str, Any]) -> Attrib
 
 
 def warn_of_ways_past(model: nn.Module, inputs: Inputs, blocks: Any) -> None:
-    """Blocks that a user named may be one tower of several: then say what becomes of the rest of the answer."""
-    if blocks is None:
-        return
+    """What comes to the answer by another way than the first tokens is told: past blocks that a user named, one tower
+    of several perhaps, or to later blocks alone."""
     streams = find_streams(model, inputs, blocks)
+    constant = "what comes that way counts as a constant that lies on no token"
     if streams.beside:
-        warnings.warn(
-            f"{streams.told_beside()} reaches the answer of {name_of(model)} past the named blocks, too; what comes "
-            "that way counts as a constant that lies on no token",
-            stacklevel=4,
-        )
+        where = f"{told(streams.beside)} reaches the answer of {name_of(model)} past the named blocks, too"
+        warnings.warn(f"{where}; {constant}", stacklevel=CALLER)
+    if streams.anew:
+        where = f"{told(streams.anew)} enters later blocks of {name_of(model)} past the first one, too"
+        warnings.warn(f"{where}; {constant}", stacklevel=CALLER)
 
 
 def complete(rules: Rules) -> bool:
@@ -171,14 +176,42 @@ def complete(rules: Rules) -> bool:
     return rules.attention is True and rules.activation and rules.norm and bool(rules.product)
 
 
-def warn_if_incomplete(name: str, error: Tensor, output: Tensor, scores: Tensor) -> None:
+def warn_if_incomplete(name: str, error: Tensor, output: Tensor, scores: Tensor, rounding: float) -> None:
     """Scores that cancel leave rounding errors beside an output near zero; those aren't meant."""
     extent = torch.maximum(precise(output).abs(), 0.01 * scores.detach().flatten(1).abs().sum(1))
     off = error / extent.clamp(min=1e-30)
-    if (off > max(WARNED, 10 * torch.finfo(output.dtype).eps)).any():
+    if (off > max(WARNED, 10 * rounding)).any():
         worst = int(off.argmax())
         warnings.warn(
             f"{name} is not complete: the attributions of sample {worst} miss its output {float(output[worst]):.4g} by "
             f"{float(error[worst]):.2g}",
-            stacklevel=5,
+            stacklevel=CALLER + 1,
+        )
+
+
+def warn_if_underflown(run: Recording) -> None:
+    """In float16 gradients go in steps of 2^-24; of those that are all smaller than 128 steps little is left."""
+    found = vars(run).get("gradients")
+    pairs = [] if found is None else zip(run.stream, found.tokens, strict=False)
+    halves = [g for h, g in pairs if h.dtype == torch.float16]
+    if any(g.abs().amax() < 128 * 2.0**-24 for g in halves):
+        warnings.warn(
+            "gradients at the tokens are too small for float16, which rounds them coarsely or to zero: "
+            "run the model in bfloat16 or float32",
+            stacklevel=CALLER + 1,
+        )
+
+
+def warn_if_padding_counts(run: Recording) -> None:
+    """Padding is given no score, which is right where the answer doesn't depend on it."""
+    found = vars(run).get("gradients")
+    if found is None or run.valid.all() or found.tokens[0].shape[:2] != run.valid.shape:
+        return
+    size = found.tokens[0].abs().amax(-1)
+    counts = (size > 1e-4 * size.amax()) & ~run.valid
+    if counts.any():
+        warnings.warn(
+            f"the answer to sample {int(counts.any(1).int().argmax())} depends on its padding, whose share is left "
+            "out: is it padded on the side on which the model reads its answer?",
+            stacklevel=CALLER + 1,
         )

@@ -29,7 +29,7 @@ def integrated_gradients(run: Recording, steps: int = 50) -> Scores:
         warnings.warn(
             "IG under balanced rules doesn't add up, however many steps it takes: balanced gradients are no function's "
             "gradients. Leave rules= out to run it plain, or use FullGrad, which is complete with one gradient",
-            stacklevel=6,
+            stacklevel=7,
         )
     scores = input_times_gradient(along_path(run, steps), 0)
     return Scores(scores, scores.sum(1) + run.rerun(changed=torch.zeros_like).output)

@@ -54,7 +54,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             f"error: the command line needs {error.name}, which is not installed: "
             "pip install 'libragrad_minimal[notebooks]'"
         )
-    except (ValueError, OSError, RuntimeError, ArithmeticError) as error:  # UnsupportedOperation is a RuntimeError
+    except (ValueError, OSError, RuntimeError, ArithmeticError, MemoryError) as error:  # UnsupportedOperation, too
         complain(f"error: {error}")
     finally:
         logging.disable(logging.NOTSET)

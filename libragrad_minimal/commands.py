@@ -368,12 +368,11 @@ def audit(model: str) -> int:
 @command('sweep timm --pattern "vit_tiny*"')
 @click.argument("library", type=click.Choice(list(LIBRARIES)))
 @click.option("--pattern", default="*", show_default=True, help="Of names: 'vit_*', 'decoder *', '* text'.")
-@click.option("--few", type=int, metavar="N", help="Only N models of every file of timm, small by their names.")
 @click.option("--processes", type=int, default=1, show_default=True, help="Models at a time.")
 @click.option("--seconds", type=float, default=300, show_default=True, help="That a model may take.")
 @click.option("--gigabytes", type=float, default=6, show_default=True, help="That a model may use.")
 @click.option("-o", "--output", type=PATH, help="The table, or a folder for it.  [default: sweep_LIBRARY.csv]")
-def sweep_models(library, pattern, few, processes, seconds, gigabytes, output) -> int:
+def sweep_models(library, pattern, processes, seconds, gigabytes, output) -> int:
     """Does it work on every model of a library? One row a model; goes on where it was.
 
     Status 1 if anything is wrong or raises what isn't a refusal.
@@ -381,7 +380,7 @@ def sweep_models(library, pattern, few, processes, seconds, gigabytes, output) -
     path = output or Path()
     path = path / f"sweep_{library}.csv" if path.is_dir() else path
     writable(path.parent)
-    names = registered(library, pattern, few)
+    names = registered(library, pattern)
     if not names:
         raise ValueError(f"{library} has no model that matches {pattern!r}")
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -25,7 +25,9 @@ from .models import LoadedModel, seen_picture, token_texts
 from .plots import Strip, TokenStrips, shown
 from .prompts import encode_prompts
 
-ONE_GRADIENT = [name for name in METHODS if not name.startswith(("IG", "SmoothGrad"))]  # the others take their time
+ONE_GRADIENT = [
+    name for name in METHODS if not name.startswith(("IG", "SmoothGrad", "Occluded"))
+]  # the others take their time
 ALL = "all"
 
 
@@ -90,7 +92,10 @@ class Explorer:
 
     def _repr_mimebundle_(self, **kwargs: Any) -> dict[str, Any]:
         still = {"text/plain": f"Explorer of {', '.join(self.choices)}: .show(...)", "text/html": self.html()}
-        return {**self.widget()._repr_mimebundle_(), **still} if find_spec("ipywidgets") else still
+        if not find_spec("ipywidgets"):
+            return still
+        view = {"version_major": 2, "version_minor": 0, "model_id": self.widget().model_id}
+        return {"application/vnd.jupyter.widget-view+json": view, **still}  # Colab's ipywidgets 7 can't be asked for it
 
 
 def explore_vit(loaded: LoadedModel, picture: Any, classes: Sequence[str] | None = None) -> Explorer:

@@ -7,6 +7,7 @@ model says nothing, streams.py and layout.py find out by running it.
 from __future__ import annotations
 
 import inspect
+import traceback
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
@@ -169,6 +170,21 @@ def call(model: nn.Module, inputs: Inputs, rows: Tensor | None = None) -> Any:
         return answer_of(model(**{**given, **settings}))
 
 
+@contextmanager
+def biases_in_sight(model: nn.Module) -> Iterator[None]:
+    """Inside, frozen biases of bitsandbytes' layers are leaves: what its functions add, observed() can't see."""
+    layers = [layer for layer in model.modules() if type(layer).__module__.startswith("bitsandbytes.")]
+    named = ((layer, layer._parameters.get("bias")) for layer in layers)
+    biases = {layer: bias for layer, bias in named if bias is not None and not bias.requires_grad}
+    try:
+        for layer, bias in biases.items():
+            layer._parameters["bias"] = nn.Parameter(bias.detach())
+        yield
+    finally:
+        for layer, bias in biases.items():
+            layer._parameters["bias"] = bias
+
+
 def blamed_on_inputs(model: nn.Module, inputs: Inputs) -> AbstractContextManager[None]:
     """Inside, what the model's own code raises tells that it was that."""
     missing = "decoder_input_ids"
@@ -182,18 +198,20 @@ def blamed(sentence: str) -> Iterator[None]:
     what is ours, passes."""
     try:
         yield
-    except (RuntimeError, AssertionError, TypeError, AttributeError, LookupError, ValueError, ArithmeticError) as error:
-        if isinstance(error, torch.OutOfMemoryError) or "memory" in str(error) or is_ours(error):
+    except Exception as error:
+        if (
+            isinstance(error, torch.OutOfMemoryError | MemoryError | Warning)
+            or "memory" in str(error)
+            or is_ours(error)
+        ):
             raise
         raise ValueError(f"{sentence}: {type(error).__name__}: {error}") from error
 
 
 def is_ours(error: Exception) -> bool:
-    """A refusal of this package's; what PyTorch raises within observed() isn't."""
-    place = error.__traceback__
-    while place is not None and place.tb_next is not None:
-        place = place.tb_next
-    raised_here = place is not None and Path(place.tb_frame.f_code.co_filename).is_relative_to(Path(__file__).parent)
+    """A refusal that this package raises; what PyTorch raises when it is called from here isn't."""
+    last = traceback.extract_tb(error.__traceback__)[-1]
+    raised_here = Path(last.filename).is_relative_to(Path(__file__).parent) and (last.line or "").startswith("raise")
     return raised_here and isinstance(error, ValueError | UnsupportedOperation)
 
 
@@ -288,6 +306,8 @@ def check_inputs(model: nn.Module, given: Any) -> None:
     if not isinstance(model, nn.Module):
         raise ValueError(f"the model is a {type(model).__name__}: give the torch.nn.Module itself")
     name = name_of(model)
+    if isinstance(plain(model), torch.jit.ScriptModule):
+        raise ValueError(f"{name} is TorchScript, whose steps nobody sees: give the model that it was made of")
     if torch.is_inference_mode_enabled():
         raise ValueError("there are no gradients inside torch.inference_mode(): call from outside of it")
     training = [part for part, module in plain(model).named_modules() if module.training and acts_in_training(module)]
@@ -301,6 +321,9 @@ def check_inputs(model: nn.Module, given: Any) -> None:
             "of the model's keyword arguments, as a tokenizer or processor returns"
         )
     inputs = Inputs(given)
+    if isinstance(given, Mapping) and not all(isinstance(name, str) for name in given):
+        raise ValueError(f"the names of inputs must be words, the model's arguments; got {list(given)}")
+    check_numbers(model, inputs)
     for argument, tensor in inputs.tensors.items():
         label = f"{argument} of the input" if argument else "the input"
         if tensor.numel() == 0:
@@ -317,7 +340,7 @@ def check_inputs(model: nn.Module, given: Any) -> None:
         )
     if not inputs.tensors:
         raise ValueError("inputs hold no tensor: ask the tokenizer or processor for return_tensors='pt'")
-    if inputs.samples == 0:
+    if inputs.main.dim() == 0 or inputs.samples == 0:
         raise ValueError(
             f"which of the inputs {', '.join(inputs.tensors)} is the text isn't known: give a dictionary with "
             f"{TOKEN_IDS}, or the token ids alone as one tensor"
@@ -336,6 +359,39 @@ def check_inputs(model: nn.Module, given: Any) -> None:
         raise ValueError(
             f"the text holds token id {int(text.max())}, and {name} knows {known}: is it another tokenizer's?"
         )
+
+
+def check_numbers(model: nn.Module, inputs: Inputs) -> None:
+    """Tensors must hold numbers that autograd can follow."""
+    if torch._C._functorch.peek_interpreter_stack() is not None:
+        raise ValueError("inside a transform of torch.func no graph can be read: call attribute from outside of it")
+    if any(parameter.is_inference() for parameter in model.parameters()):
+        raise ValueError(
+            f"the parameters of {name_of(model)} were made inside torch.inference_mode(), so that no gradient can flow "
+            "through them: make or load the model outside of it"
+        )
+    for name, tensor in inputs.tensors.items():
+        if tensor is inputs.words or not tensor.is_complex():  # beside the text there may be frequencies, for example
+            check_ordinary(name or "the input", tensor)
+    if not any(hasattr(module, "_hf_hook") for module in plain(model).modules()):  # accelerate loads them when they run
+        for name, parameter in plain(model).named_parameters():
+            if parameter.is_meta:
+                raise ValueError(f"{name} is on the meta device, which holds no numbers: load its weights first")
+
+
+def check_ordinary(name: str, tensor: Tensor) -> None:
+    """Raises ValueError for tensors that hold no plain numbers side by side."""
+    kinds = {
+        "on the meta device, which holds no numbers": tensor.is_meta,
+        "nested": tensor.is_nested,
+        "quantised": tensor.is_quantized,
+        "complex": tensor.is_complex(),
+        "sparse": tensor.layout != torch.strided,
+        str(tensor.dtype): tensor.is_floating_point() and tensor.itemsize == 1,  # of 8 bits, which don't add
+    }
+    kind = next((kind for kind, is_it in kinds.items() if is_it), None)
+    if kind is not None:
+        raise ValueError(f"{name} is {kind}: give an ordinary tensor, of integers or floating-point numbers")
 
 
 def acts_in_training(module: nn.Module) -> bool:

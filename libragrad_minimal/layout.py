@@ -29,6 +29,8 @@ SURE_OF_SPACE = 0.4  # where the tensor itself has rows and columns, so that onl
 SHIFTS = (0.0, 0.5, 0.25)  # by how much of a cell; the last where those at the border look at half a cell only
 DRAWS, MORE_DRAWS = 4, 16  # changes of each sort, where every single token has to be right
 NEARLY = 0.9  # share of cells that a token names, so that more draws may find the others
+DEVIATIONS = 3.5  # of a share, for one in some dozens of wrong grids
+SMALL_CHANGE = 0.05  # of the pixels, beside one that is as large as they are
 SURE_IF_MIXED = 0.5  # behind a whole tower, whose attention has mixed the patches
 
 
@@ -75,8 +77,8 @@ class Layout:
         return scores[:, place] if place.dim() == 1 else scores.gather(1, place)
 
 
-class Reached(Exception):
-    """The first block was reached: nothing behind it needs to run."""
+class Reached(BaseException):
+    """The first block was reached: nothing behind it needs to run. No error, which a model might catch."""
 
 
 def first_tokens(model: nn.Module, inputs: Inputs, blocks: tuple[nn.Module, ...]) -> Tensor:
@@ -376,9 +378,8 @@ def picture_layout(model: nn.Module, inputs: Inputs, tokens: Tensor, ask: Callab
         guesses += [(axes, where, grid) for grid in possible_grids(model, axes.sizes(tokens), where.shape[1], extent)]
     for draws in (1, DRAWS):  # cells row by row
         for axes, where, grid in guesses:
-            enough = (
-                min(sure, SURE_OF_SPACE) if grid.cells == axes.sizes(tokens) else sure if draws == 1 else sure - 0.15
-            )
+            enough = max(sure if draws == 1 else sure - 0.15, beyond_chance(where.shape[1]))
+            enough = min(sure, SURE_OF_SPACE) if grid.cells == axes.sizes(tokens) else enough
             right = spells(grid, extent, where, partial(felt, axes, draws=draws), enough)
             if right == 1 or right and grid.cells == axes.sizes(tokens):
                 return in_rows(axes, where, grid)
@@ -445,6 +446,12 @@ def possible_grids(model: nn.Module, sizes: tuple[int, ...], cells: int, extent:
                     yield Grid(shape, pixels, shift)
 
 
+def beyond_chance(tokens: int) -> float:
+    """A share of so few tokens that a wrong grid, in which each is right with 1 / BASE, doesn't come to by chance."""
+    deviation = math.sqrt((BASE - 1) / BASE**2 / tokens)
+    return min(1.0, 1 / BASE + DEVIATIONS * deviation)
+
+
 def spells(grid: Grid, extent: tuple[int, ...], where: Tensor, felt: Callable[[Tensor], Tensor], sure: float) -> float:
     """The share of tokens that spell the cells of the grid row by row, at the digit that most get wrong; 0 if those are
     too many."""
@@ -497,6 +504,8 @@ def asked_picture(
     pixels = inputs.tensors[inputs.picture]
     if len(pixels) != inputs.samples or pixels.dim() == 5 and pixels.shape[1] > 1:
         raise ValueError(f"it comes in several parts, {tuple(pixels.shape)}")
+    if jumps(inputs.picture, pixels, inputs, ask):
+        raise ValueError("its tokens are words of a codebook: they jump, and don't follow the pixels")
     found = picture_layout(
         model, inputs, layout.axes.arrange(tokens), lambda i: layout.axes.arrange(ask(i)), SURE_IF_MIXED
     )
@@ -506,6 +515,15 @@ def asked_picture(
     if layout.place is not None:
         place = torch.searchsorted(layout.place, place)
     return place, grid[-2:]
+
+
+def jumps(name: str, pixels: Tensor, inputs: Inputs, ask: Callable[[Inputs], Tensor]) -> bool:
+    """Does a small change of all pixels move other tokens than a large one? So it is where a token is one of a codebook
+    (Chameleon, Emu3): which of them change codes is chance."""
+    noise = (pixels.std() + 0.1) * torch.randn(pixels.shape, generator=torch.Generator().manual_seed(0)).to(pixels)
+    base = ask(inputs)
+    moved = [(ask(inputs.replaced(name, pixels + share * noise)) != base).any(-1) for share in (1, SMALL_CHANGE)]
+    return not torch.equal(*moved)
 
 
 def merged_patches(model: nn.Module, inputs: Inputs) -> tuple[Tensor, tuple[int, ...]]:

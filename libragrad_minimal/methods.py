@@ -76,7 +76,7 @@ METHODS |= {f"SmoothGrad {name}": averaged.smoothed(METHODS[name]) for name in A
 
 def check_method(method: Any, options: Any) -> None:
     """Raises ValueError for a method, or options of it, that there aren't."""
-    if method not in list(METHODS):
+    if not isinstance(method, str) or method not in METHODS:
         raise ValueError(f"unknown method {method!r}; there are {', '.join(METHODS)}")
     if not isinstance(options, Mapping):
         raise ValueError(f"options of {method} must be a dict of names and values, got {options!r}; without any, {{}}")

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from .checkpoints import LONGEST, Checkpoint, damaged, read_checkpoint
 from .demo_vits import SIDE, VITS, build
+from .room import announce, cause, device_and_dtype, or_a_smaller_one
 from .sentences import one_line
 from .untrusted import check_open_clip_config, config_of_weights, in_one_sentence, place_of
 
@@ -74,7 +75,8 @@ def load_pretrained(kind: str, name: str, device_map: str | None = None) -> Load
         The model in eval mode: a "llama" on the GPU in half precision where there is one, all others on the CPU, fp32.
     Raises:
         ValueError: an unknown kind, or a model without Transformer blocks in the usual place.
-        OSError: the hub can't be reached. For an unknown name, whatever the hub's library raises.
+        OSError: the hub can't be reached, or refuses the model. For an unknown name, whatever its library raises.
+        torch.OutOfMemoryError: the model doesn't fit; what to take instead is said.
     """
     load = _loader(PRETRAINED, kind)
     if device_map is None:
@@ -247,7 +249,7 @@ def _pretrained_llama(name: str, device_map: str | None = None) -> LoadedModel:
     try:
         return _download_llama(name, device_map)
     except OSError as error:
-        refusal = _cause(error, HfHubHTTPError)
+        refusal: Any = cause(error, HfHubHTTPError)
         misspelled = isinstance(refusal, RepositoryNotFoundError) and not isinstance(refusal, GatedRepoError)
         if refusal is not None and refusal.response.status_code in (401, 403) and not misspelled:
             if name == UNGATED_LLAMA:
@@ -260,7 +262,7 @@ def _pretrained_llama(name: str, device_map: str | None = None) -> LoadedModel:
                 stacklevel=4,
             )
             return _download_llama(UNGATED_LLAMA, device_map)
-        if _cause(error, LocalEntryNotFoundError) is not None:
+        if cause(error, LocalEntryNotFoundError) is not None:
             raise _unreachable(name, "the path of a folder or of a .gguf file that holds a model", "llama") from error
         raise
 
@@ -268,8 +270,10 @@ def _pretrained_llama(name: str, device_map: str | None = None) -> LoadedModel:
 def _download_llama(name: str, device_map: str | None) -> LoadedModel:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    device, dtype = _device_and_dtype()
+    device, dtype = device_and_dtype()
     place, file = place_of(name)
+    if device_map is None:  # else nobody knows which memory is meant
+        announce(name, place, *file.values())
     safe = {"trust_remote_code": False, "config": config_of_weights(name), **file}  # said aloud, or transformers asks
     tokenizer = AutoTokenizer.from_pretrained(place, **safe)
     safe |= _unpacked() if file else {"use_safetensors": True}
@@ -300,13 +304,6 @@ def _describe_llama(name: str, model: Any, tokenizer: Any) -> LoadedModel:
     return LoadedModel("llama", name, model.eval().requires_grad_(False), list(blocks), tokenizer=tokenizer)
 
 
-def _device_and_dtype() -> tuple[str, torch.dtype]:
-    """fp32 on a CPU; on a GPU bf16 where the hardware has it (a T4 only emulates it), else fp16."""
-    if not torch.cuda.is_available():
-        return "cpu", torch.float32
-    return "cuda", torch.bfloat16 if torch.cuda.get_device_capability() >= (8, 0) else torch.float16
-
-
 class Unreachable(OSError):
     """The hub can't be reached, and what is asked of it isn't in its cache."""
 
@@ -316,13 +313,6 @@ def _unreachable(name: str, alternative: str, kind: str) -> Unreachable:
         f"{name} is not on this machine and the hub can't be reached. Connect to the internet (and unset "
         f'HF_HUB_OFFLINE), give {alternative}, or use load_demo("{kind}").'
     )
-
-
-def _cause(error: BaseException | None, kind: type) -> Any:
-    """The error of this kind among those that led to `error`, or None."""
-    while error is not None and not isinstance(error, kind):
-        error = error.__cause__ or error.__context__
-    return error
 
 
 def _are_texts(value: Any) -> bool:
@@ -416,7 +406,7 @@ def _pretrained_clip(name: str) -> LoadedModel:
     try:
         model, _, transform = open_clip.create_model_and_transforms(architecture, tag or None)
     except (OSError, RuntimeError) as error:
-        if _cause(error, LocalEntryNotFoundError) is None:
+        if cause(error, LocalEntryNotFoundError) is None:
             raise
         raise _unreachable(name, "a file of weights, NAME/FILE,", "clip") from error
     return _describe_clip(name, model, transform, open_clip.get_tokenizer(architecture))
@@ -443,10 +433,10 @@ def _describe_clip(name: str, model: Any, transform: Callable, tokenizer: Any) -
 # ---- which function loads what ----
 
 
-def _carefully(load: Callable) -> Callable:
+def _carefully(kind: str, load: Callable) -> Callable:
     @wraps(load)
     def loading(name: str, *options: Any) -> LoadedModel:
-        with in_one_sentence(f"{name} can't be loaded"):
+        with in_one_sentence(f"{name} can't be loaded"), or_a_smaller_one(kind, name):
             return load(name, *options)
 
     return loading
@@ -458,9 +448,9 @@ DEMOS: dict[str, Callable[[Checkpoint], LoadedModel]] = {
     "clip": _demo_clip,
 }
 PRETRAINED = {
-    "vit": _carefully(_pretrained_vit),
-    "llama": _carefully(_pretrained_llama),
-    "clip": _carefully(_pretrained_clip),
+    "vit": _carefully("vit", _pretrained_vit),
+    "llama": _carefully("llama", _pretrained_llama),
+    "clip": _carefully("clip", _pretrained_clip),
 }
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from . import targets
-from .families import Inputs, accepts, blamed, embedding_of, generates, name_of
+from .families import Inputs, accepts, blamed, check_ordinary, embedding_of, generates, name_of
 from .streams import removed, tensors_in
 
 CHOICES = (
@@ -72,6 +72,8 @@ def kept_rows(model: nn.Module, inputs: Inputs, rows: Tensor | None) -> tuple[Te
     """The rows for which the model need compute logits, and where among them each sample's own is."""
     if rows is None or not accepts(model, "logits_to_keep") or "labels" in inputs.tensors:
         return None, rows
+    if accepts(model, "decoder_input_ids") and "decoder_input_ids" not in inputs.tensors:
+        return None, rows  # it makes its own, and perhaps fewer
     return rows.unique(return_inverse=True)
 
 
@@ -194,12 +196,13 @@ def picked(target: Callable[[Any], Any], answer: Any, samples: int) -> Tensor:
     hooks = (tensor.register_hook(refuse) for tensor in tensors_in(answer) if tensor.requires_grad)
     with removed(hooks), blamed("the target function fails on the model's answer"):
         output = target(answer)
+    if isinstance(output, Tensor):
+        check_ordinary("target(answer)", output)
     if not isinstance(output, Tensor) or output.shape != (samples,):
         found = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
         raise ValueError(f"target(answer) must be one number per sample ({samples},), got {found}")
-    if output.layout != torch.strided or not output.is_floating_point():
-        kind = output.dtype if output.layout == torch.strided else f"{output.layout}, of which .to_dense() makes them"
-        raise ValueError(f"target(answer) must be ordinary floating-point numbers, got {kind}")
+    if not output.is_floating_point():
+        raise ValueError(f"target(answer) must be floating-point numbers, got {output.dtype}")
     return output
 
 
@@ -230,6 +233,8 @@ def checked_readout(readout: Any) -> Any:
         raise ValueError(f"unknown readout {readout!r}: {CHOICES}")
     if readout is None or isinstance(readout, str):
         return readout
+    if isinstance(readout, Tensor):
+        check_ordinary("readout", readout)
     try:
         numbers = torch.as_tensor(readout)
     except (TypeError, ValueError, RuntimeError) as error:
@@ -248,6 +253,8 @@ def check_target(target: Any) -> None:
         return
     if isinstance(target, targets.Probability | targets.Against):
         target = target.target
+    if isinstance(target, Tensor):
+        check_ordinary("the target", target)
     try:
         number = torch.as_tensor(target)
     except (TypeError, ValueError, RuntimeError) as error:

@@ -10,22 +10,24 @@ import contextlib
 import math
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
-from functools import cached_property, partial
-from pathlib import Path
+from functools import cached_property, partial, reduce
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import Node, get_gradient_edge
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._pytree import tree_map_only
 
 from .added_constants import Constant, ConstantShare, catch_shares, catch_tokens_first, constants_of, precise
 from .engine import LIBRA, Rules, libra_grad, observed
 from .engine.nodes import OPERANDS, noted, operation_name
-from .families import Inputs, attention_heads, call, name_of
+from .families import Inputs, attention_heads, biases_in_sight, call, name_of
 from .layout import SURE, Axes, Layout, check_samples, coarsening, first_tokens, layer_axes, layout_of
 from .readout import chosen_rows, explained, kept_rows, rows_of_answer
+from .room import free_memory
 from .streams import (
     Streams,
     candidates,
@@ -139,6 +141,7 @@ class Recording:
     blocks: tuple[nn.Module, ...]
     rerun: Callable[..., Recording]  # rerun(changed=...): as in `record`
     again: Callable[[], Recording]  # the same once more
+    answer: Callable[..., Tensor]  # as `answered`
     # means over changed tokens, by what was changed; a recording of another target, made by `replace`, has its own
     averages: dict[Any, Gradients] = field(default_factory=dict, init=False)
 
@@ -158,6 +161,18 @@ class Recording:
                 f"this recording holds no {' and no '.join(sorted(missing))}: say that your method reads them, with "
                 "the decorator @reads(...) of libragrad_minimal.scores"
             )
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """In which scores are computed: that of the most precise tokens, single precision at least."""
+        return reduce(torch.promote_types, (h.dtype for h in self.stream), torch.float32)
+
+    @cached_property
+    def rounding(self) -> float:
+        """The relative precision of the least precise numbers on the way, 2^-7 where something is in bfloat16."""
+        nodes = topological([get_gradient_edge(self.output).node])
+        dtypes = {result.dtype for node in nodes for result in node._input_metadata}
+        return max(torch.finfo(dtype).eps for dtype in dtypes if dtype.is_floating_point)
 
     @cached_property
     def whole(self) -> list[bool]:
@@ -295,7 +310,7 @@ class Recording:
                 f"attention maps of shape {tuple(maps.shape)} don't tie {tokens} tokens to each other (windows, "
                 "pooled tokens); use a method without, such as FullGrad+ or IxG"
             )
-        return precise(maps.reshape(samples, -1, tokens, tokens))
+        return maps.reshape(samples, -1, tokens, tokens).to(self.dtype)
 
     @cached_property
     def after_attention(self) -> list[Tensor | None]:
@@ -378,9 +393,9 @@ class Recording:
     def answer_to(self, tokens: Tensor) -> Tensor:
         """(B,) what the model would answer if these were the tokens that leave its last block. No block is run."""
         request = self.request
-        results = [*self.returned[:-1], with_tokens(self.returned[-1], tokens)]
+        results = [*self.returned[:-1], with_tokens(self.returned[-1], tokens.to(self.left[-1].dtype))]
         with standing_in(self.blocks, results):
-            return answered(request, self.rules.residual)
+            return self.answer(request, self.rules.residual)
 
     @property
     def second_axes(self) -> Axes:
@@ -417,7 +432,7 @@ class Recording:
         used = (self.axes[-1].arrange(gradient) != 0).any(-1)
         if used.shape != self.valid.shape:
             used = self.valid
-        return used.float() / used.sum(1, keepdim=True).clamp(min=1)
+        return used.to(self.dtype) / used.sum(1, keepdim=True).clamp(min=1)
 
 
 def on_tokens(axes: Axes, chosen: Tensor, like: Tensor) -> Tensor:
@@ -458,6 +473,7 @@ def gradients_given(given: Mapping[Tensor, Tensor]) -> Iterator[None]:
 # ---- the forward pass ------------------------------------------------------------------------------------------------
 
 
+NEXT_TO_NOTHING = 1e-10  # a logit less 100, which is 0 at last, is meant to hide
 ONE_AT_A_TIME = threading.RLock()  # which kernel attention takes, and whether compiled code runs, a process decides
 
 
@@ -486,13 +502,31 @@ def answered(request: Request, residuals: bool) -> Tensor:
     model, inputs = request.model, request.inputs
     rows = chosen_rows(model, inputs, request.target, request.readout)
     kept, rows = kept_rows(model, inputs, rows)
-    with torch.no_grad(), unfused(model), observed(residuals=residuals):
+    with torch.no_grad(), unfused(model), biases_in_sight(model), observed(residuals=residuals):
         answer = call(model, inputs, kept)
         if rows is not None:
             number = None if kept is None else len(kept)
             rows = rows_of_answer(name_of(model), inputs, answer, request.readout, rows, number)
         with torch.enable_grad():
             return explained(model, answer, request.target, request.readout, rows, inputs.samples)
+
+
+def without_autocast(device: str) -> AbstractContextManager[Any]:
+    """Inside, autocast makes no half precision of what is computed on such a device."""
+    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else contextlib.nullcontext()
+
+
+def in_this_autocast(run: Callable, device: str) -> Callable:
+    """The function as if it were called here: methods work without autocast, the model under the user's."""
+    if not torch.is_autocast_enabled(device):
+        return run
+    dtype = torch.get_autocast_dtype(device)
+
+    def under_it(*args, **kwargs):
+        with torch.autocast(device, dtype):
+            return run(*args, **kwargs)
+
+    return under_it
 
 
 def starting_module(model: nn.Module, start: Any) -> nn.Module:
@@ -507,16 +541,22 @@ def standing_in(blocks: Sequence[nn.Module], results: Sequence[Any], graph: bool
     """Inside, the blocks don't run: one after another they return these results, and after the last a graph begins."""
     waiting = list(reversed(results))
 
-    def stand_in(*args, **kwargs):
+    def stand_in(block, *args, **kwargs):
+        if len(block._forward_hooks) == 1:
+            return waiting[-1]
+        return tree_map_only(Tensor, lambda tensor: tensor.detach().clone(), waiting[-1])
+
+    def hand_over(block, args, result):
         if len(waiting) == 1 and graph:
             torch.set_grad_enabled(True)
-        return waiting.pop()
+        return waiting.pop()  # whatever a user's hooks made of the copy: they had their turn when the block ran
 
     before = {block: vars(block).get("forward") for block in blocks}
     try:
         for block in before:
-            block.forward = stand_in
-        yield
+            block.forward = partial(stand_in, block)
+        with removed(block.register_forward_hook(hand_over) for block in before):
+            yield
     finally:
         for block, own in before.items():
             if own is None:
@@ -574,8 +614,11 @@ class Passed:
         """The first tokens, noted, and the copy of them that is handed on."""
         if MAPS in self.request.reads:
             check_memory(self.request.model, h, len(self.streams.blocks))
-        self.stream.append(self.begin(h))
+        shared = self.streams.reused and is_own_memory(h, self.request.model)
+        self.stream.append(self.begin(h.clone() if shared else h))
         self.versions.append(self.stream[-1]._version)
+        if shared:
+            h.copy_(self.stream[-1])  # whoever else holds this tensor takes part in the graph, too
         return self.stream[-1].clone()
 
     def enter(self, block, args, kwargs):
@@ -622,6 +665,7 @@ class Passed:
         stream = [*self.stream, self.left[-1]]
         axes = [layer_axes(layout.axes, stream[0], h, layout.grid) for h in stream]
         samples, length = layout.axes.arrange(stream[0]).shape[:2]
+        device = output.device.type
         return Recording(
             request=request,
             output=output,
@@ -635,8 +679,9 @@ class Passed:
             entered=self.entered,
             returned=self.returned,
             blocks=self.streams.blocks,
-            rerun=partial(record, request),
-            again=partial(record, request, self.changed),
+            rerun=in_this_autocast(partial(record, request), device),
+            again=in_this_autocast(partial(record, request, self.changed), device),
+            answer=in_this_autocast(answered, device),
         )
 
     def mask(self, inputs: Inputs, output: Tensor, layout: Layout) -> Tensor | None:
@@ -644,13 +689,15 @@ class Passed:
 
         Whether 0 or 1 is padding in the latter, the output tells, which doesn't feel padding at all.
         """
-        own = own_masks(inputs)
-        if inputs.mask is not None or not own:
+        if inputs.mask is not None:
             return inputs.mask
+        own = list(own_masks(inputs))
+        if not own:
+            return None
         (gradient,) = torch.autograd.grad(output.sum(), self.stream[0], retain_graph=True)
-        felt = layout.pick((layout.axes.arrange(gradient) != 0).any(-1))
-        own = [mask for mask in own if mask.shape == felt.shape]
-        sides = (side.to(felt.device) for mask in own for side in (mask, ~mask))
+        size = layout.pick(layout.axes.arrange(gradient).abs().amax(-1))
+        felt = size > NEXT_TO_NOTHING * size.amax()
+        sides = (side.to(felt.device) for mask in own for side in (mask, ~mask) if mask.shape == felt.shape)
         return next((side for side in sides if felt[side].any() and not felt[~side].any()), None)
 
     def check(self, output: Tensor) -> None:
@@ -662,8 +709,8 @@ class Passed:
         reached = set() if output.grad_fn is None else dependents([output.grad_fn], first)
         if first not in reached:
             raise ValueError(
-                f"what is explained doesn't depend on the blocks of {name}: is it detached, of another "
-                "tower, or made by layers without a gradient, as some quantised ones are?"
+                f"what is explained doesn't depend on the blocks of {name}: is it detached, of another tower, made by "
+                "layers without a gradient, as some quantised ones are, or checkpointed with use_reentrant=True?"
             )
         apart = [
             i for i, h in enumerate(self.stream) if not h.requires_grad or get_gradient_edge(h).node not in reached
@@ -673,6 +720,14 @@ class Passed:
                 f"block {apart[0]} of {name} doesn't work on what the block before it made: there are several towers. "
                 f"Name the blocks of one, blocks=[...]; {candidates(self.request.model)}"
             )
+
+
+def is_own_memory(h: Tensor, model: nn.Module) -> bool:
+    """Whether a tensor can be written to: neither a weight nor one number in several places."""
+    if any(stride == 0 and size > 1 for stride, size in zip(h.stride(), h.shape, strict=True)):
+        return False
+    held = (tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers()))
+    return h.untyped_storage().data_ptr() not in set(held)
 
 
 def layout_at(request: Request, inputs: Inputs, blocks: tuple[nn.Module, ...], tokens: Tensor) -> Layout:
@@ -721,11 +776,18 @@ def with_tokens(result: Any, tokens: Tensor) -> Any:
     return type(result)(tokens if i == place else part for i, part in enumerate(result))
 
 
-def own_masks(inputs: Inputs) -> list[Tensor]:
-    """Arguments (B, parts) that may tell of padding: called a mask, with zeros and ones."""
-    named = (tensor for name, tensor in inputs.tensors.items() if "mask" in name and tensor.dim() == 2)
-    masks = [tensor.bool() for tensor in named if ((tensor == 0) | (tensor == 1)).all()]
-    return [mask for mask in masks if mask.any() and not mask.all()]
+def own_masks(inputs: Inputs) -> Iterator[Tensor]:
+    """(B, parts), of the arguments that may tell of padding: of two values, zeros and ones or what is added to logits,
+    for each part or for pairs of them; or lengths."""
+    for tensor in inputs.tensors.values():
+        if tensor is inputs.main:
+            continue
+        if tensor.dim() in (3, 4) and inputs.words is not None and tensor.shape[-1] == inputs.words.shape[1]:
+            tensor = tensor.flatten(1, -2).amax(1)  # those that any other part sees
+        if tensor.dim() == 1 and not tensor.is_floating_point():
+            tensor = torch.arange(inputs.main.shape[1], device=tensor.device) < tensor[:, None]
+        if tensor.dim() == 2 and len(tensor.unique()) == 2:
+            yield tensor == tensor.amax()
 
 
 def valid_tokens(mask: Tensor | None, layout: Layout, samples: int, length: int) -> Tensor:
@@ -751,13 +813,3 @@ def check_memory(model: nn.Module, tokens: Tensor, blocks: int) -> None:
             f"a method that reads attention maps needs {needed / 1e9:.1f} GB for {blocks} blocks of {length} x "
             f"{length} tokens, and {free / 1e9:.1f} GB are free; use FullGrad+ or IxG, which need no maps"
         )
-
-
-def free_memory(device: torch.device) -> int | None:
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-    except OSError:
-        return None
-    return next((1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable")), None)

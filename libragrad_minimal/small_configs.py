@@ -10,12 +10,13 @@ import re
 from contextlib import suppress
 from typing import Any
 
+from .special_configs import LAYERS, NUMBER_OF_HEADS, PLACEHOLDER, SPECIAL, WIDTH, WORDS
+
 
 def is_number(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
-WIDTH, LAYERS, NUMBER_OF_HEADS, WORDS = 64, 2, 4, 200
 SMALL: dict[str, Any] = dict(
     **dict.fromkeys("hidden_size d_model n_embd dim embed_dim embedding_size word_embed_proj_dim".split(), WIDTH),
     **dict.fromkeys(
@@ -81,7 +82,6 @@ SHALLOW = {name: value for name, value in SMALL.items() if re.search("layers?$|d
 SHALLOW |= {name: SMALL[name] for name in NEEDED if name.endswith("token_id")}
 PICTURE_SIZE = 64  # of vision-language models and pairs, where the model lets it be chosen
 SMALL_VISION = dict(image_size=PICTURE_SIZE, patch_size=16)
-PLACEHOLDER = WORDS - 1  # the id that stands for a picture's tokens
 
 
 def part_for(model_class: Any, config: Any) -> Any:
@@ -91,10 +91,11 @@ def part_for(model_class: Any, config: Any) -> Any:
     return config if isinstance(config, wanted) or not parts else parts[0]
 
 
-def small_config(default: Any, pictures: bool, filled: bool = False, wide: bool = False) -> Any:
+def small_config(default: Any, pictures: bool, filled: bool = False, wide: bool = False, model_class: str = "") -> Any:
     """The configuration with two layers of width 64, and so those that are part of it.
 
-    filled: with less of None. wide: with two layers and few words, but all widths as they are.
+    filled: with less of None. wide: with two layers and few words, but all widths as they are. model_class: of the
+    model that is made of it, where that needs something of its own.
     """
     small = SHALLOW if wide else SMALL
     config_class = type(default)
@@ -109,7 +110,7 @@ def small_config(default: Any, pictures: bool, filled: bool = False, wide: bool 
         elif value is None and filled and name == "vision_config" and name in config_class.sub_configs:
             changes[name] = small_config(config_class.sub_configs[name](), pictures, filled, wide)
         elif name in small and (alike(value, small[name]) or value is None and name in NEEDED):
-            changes[name] = small[name]
+            changes[name] = small[name] if is_number(small[name]) or not isinstance(value, list) else list(small[name])
         elif name in ("layer_types", "mlp_layer_types", "layers_block_type") and isinstance(value, list | tuple):
             changes[name] = one_of_each(value)
         elif name == "rope_parameters" and isinstance(value, dict) and "rope_type" in value:
@@ -125,6 +126,8 @@ def small_config(default: Any, pictures: bool, filled: bool = False, wide: bool 
         elif re.fullmatch(r"(image|video|audio)_token_(id|index)", name):
             changes[name] = PLACEHOLDER if name.startswith("image") else PLACEHOLDER - 1 - len(name) % 5
     changes |= fitting(default, changes)
+    if not wide:
+        changes |= SPECIAL.get(config_class.__name__, {}) | SPECIAL.get(model_class, {})
     without = {name: value for name, value in changes.items() if name != "num_key_value_heads"}
     for some in (changes, without):
         with suppress(Exception):  # one that checks what belongs together

@@ -19,6 +19,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import Node, get_gradient_edge, saved_tensors_hooks
+from torch.overrides import TorchFunctionMode
 
 from .families import (
     STREAM_ARGUMENTS,
@@ -43,9 +44,12 @@ class Streams:
     second: tuple[nn.Module, ...] = ()
     of_picture: bool = False  # is it the pixels alone that come in through them, though there is a text as well?
     beside: tuple[str, ...] = ()  # arguments of the model that reach its answer through the blocks and past them, too
+    anew: tuple[str, ...] = ()  # arguments that reach later blocks past the first, too
+    reused: bool = False  # is the tensor that enters the first block used elsewhere, too?
 
-    def told_beside(self) -> str:
-        return " and ".join(name or "the input" for name in self.beside)
+
+def told(arguments: tuple[str, ...]) -> str:
+    return " and ".join(name or "the input" for name in arguments)
 
 
 _found: WeakKeyDictionary[nn.Module, dict[tuple, Streams]] = WeakKeyDictionary()
@@ -72,7 +76,7 @@ def find_streams(model: nn.Module, inputs: Inputs, blocks: Iterable[str | nn.Mod
     found = known[key]
     if found.beside and named is None:
         raise ValueError(
-            f"a part of what {name_of(model)} answers leads past its blocks: {found.told_beside()} reaches the "
+            f"a part of what {name_of(model)} answers leads past its blocks: {told(found.beside)} reaches the "
             "answer by another way, too, so tokens between the blocks explain the rest alone. Explain "
             "libra_grad(output, inputs) from the inputs on; or name the blocks, blocks=[...], and what leads past them "
             f"counts as a constant; {candidates(model)}"
@@ -163,13 +167,12 @@ Roots = dict[Node, str]  # what the model is given, ids once they are embedded -
 def streams_in_graph(model: nn.Module, inputs: Inputs, lists: dict[str, list[nn.Module]]) -> Streams:
     """The streams, out of these lists, that the graph of one forward pass shows."""
     answer, roots, calls = look_round(model, inputs, lists)
-    if len(lists) == 1:
-        found = Streams(tuple(next(iter(lists.values()))))
+    ran = {call.name for call in calls}  # of a text alone, the tower for pictures doesn't
+    if len(lists) == 1 or len(ran) == 1:
+        found = Streams(tuple(lists[ran.pop()] if ran else next(iter(lists.values()))))
     else:
         found = told_apart(model, inputs, lists, answer, roots, calls)
-    explained = {*found.blocks, *found.second}
-    beside = led_past(answer, roots, [call for call in calls if call.block in explained])
-    return replace(found, beside=beside)
+    return with_ways_past(found, answer, roots, calls)
 
 
 def told_apart(
@@ -222,7 +225,7 @@ def look_round(model: nn.Module, inputs: Inputs, lists: dict[str, list[nn.Module
     ids |= {tuple(inputs.words.shape): name for name, tensor in inputs.tensors.items() if tensor is inputs.words}
 
     def embed(module, args, result):
-        if args and isinstance(args[0], Tensor) and tuple(args[0].shape) in ids:
+        if args and isinstance(args[0], Tensor) and tuple(args[0].shape) in ids and not counts(args[0], inputs.words):
             return root(result, ids[tuple(args[0].shape)])
 
     def enter(name):
@@ -256,9 +259,41 @@ def look_round(model: nn.Module, inputs: Inputs, lists: dict[str, list[nn.Module
             yield block.register_forward_pre_hook(in_this_thread(enter(name)), with_kwargs=True)
             yield block.register_forward_hook(in_this_thread(leave))
 
-    with removed(hooks()), torch.enable_grad(), saved_tensors_hooks(lambda tensor: None, lambda nothing: nothing):
+    embedded = EmbeddedWords(inputs, root)
+    unsaved = saved_tensors_hooks(lambda tensor: None, lambda nothing: nothing)
+    with removed(hooks()), torch.enable_grad(), unsaved, embedded:
         answer = call(model, inputs, one_row(model, inputs))
     return answer, roots, calls
+
+
+class EmbeddedWords(TorchFunctionMode):
+    """Makes roots of what is computed of token ids, by whatever function: an embedding, an index, a cast of ones."""
+
+    def __init__(self, inputs: Inputs, root: Callable[[Tensor, str], Tensor]):
+        super().__init__()
+        texts = (inputs.words, inputs.answered)
+        words = {name: t for name, t in inputs.tensors.items() if any(t is one for one in texts)}
+        self.made_of = {id(t): (name, t) for name, t in words.items() if not t.is_floating_point()}
+        self.root = root
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        given = tensors_in([*args, *(kwargs or {}).values()])
+        name = next((self.made_of[id(t)][0] for t in given if id(t) in self.made_of), None)
+        if name is None or not isinstance(result, Tensor) or result.dtype == torch.bool:  # which words are padding, say
+            return result
+        if not result.is_floating_point():
+            self.made_of[id(result)] = (name, result)
+            return result
+        made_of_states = any(t.is_floating_point() and not t.is_leaf for t in given)  # rows chosen by numbers
+        return result if made_of_states else self.root(result, name)
+
+
+def counts(ids: Tensor, words: Tensor | None) -> bool:
+    """Whether these are positions or segments of a text, not its words."""
+    if words is None or ids.shape[-1] < 3 or ids.shape == words.shape and torch.equal(ids, words.to(ids)):
+        return False
+    return bool((ids.diff(dim=-1).abs() <= 1).all())
 
 
 def one_row(model: nn.Module, inputs: Inputs) -> Tensor | None:
@@ -267,17 +302,42 @@ def one_row(model: nn.Module, inputs: Inputs) -> Tensor | None:
     return torch.zeros(1, dtype=torch.long) if chosen else None
 
 
-def led_past(answer: Any, roots: Roots, calls: list[Call]) -> tuple[str, ...]:
-    """The arguments that come to the answer both through these blocks and past all of them and what lies between."""
+def with_ways_past(found: Streams, answer: Any, roots: Roots, calls: list[Call]) -> Streams:
+    """The streams, and which arguments come to the answer through these blocks, but past some or all of them, too.
+
+    What goes on from the very tensor that enters the first block is no way past: the graph can begin at it.
+    """
     if not isinstance(answer, Tensor):  # of many parts; a function picks, and those that are usually picked are asked
-        vector = embedding_of(answer)
-        answer = getattr(answer, "last_hidden_state", None) if vector is None else vector
-    if answer is None or answer.grad_fn is None:
-        return ()
-    through = set(topological([one.entered for one in calls if one.entered is not None]))
-    between = {one.source for one in calls if one.source is not None} - {calls[0].source if calls else None}
-    past = set(topological([answer.grad_fn], stop=between | {node for one in calls for node in one.exits}))
-    return tuple(sorted({roots[root] for root in past & set(roots)} & {roots[root] for root in through & set(roots)}))
+        parts, vector = tensors_in(answer), embedding_of(answer)
+        usual = getattr(answer, "last_hidden_state", None) if vector is None else vector
+        answer = parts[0] if usual is None and len(parts) == 1 else usual
+    calls = [one for one in calls if one.block in {*found.blocks, *found.second}]
+    if answer is None or answer.grad_fn is None or not calls:
+        return found
+    second = next((one for one in calls if one.block not in found.blocks), None)
+    entrances = {one.entered for one in (calls[0], second) if one is not None and one.entered is not None}
+    first = calls[0].source
+    reused = used_elsewhere(answer.grad_fn, calls[0])
+    begins = {*entrances, first} if first is not None and reused else entrances
+    between = {one.source for one in calls if one.source is not None} - {first}
+    through = names_below([one.entered for one in calls if one.entered is not None], set(), roots)
+    beside = through & names_below(
+        [answer.grad_fn], begins | between | {node for one in calls for node in one.exits}, roots
+    )
+    anew = through & names_below([answer.grad_fn], begins, roots) if calls[0].entered is not None else set()
+    return replace(found, beside=tuple(sorted(beside)), anew=tuple(sorted(anew - beside)), reused=reused)
+
+
+def used_elsewhere(end: Node, first: Call) -> bool:
+    """Whether the answer takes the very tensor that enters the first block by another way, too."""
+    if first.entered is None or first.source is None or len(first.source._input_metadata) > 1:  # one part of a split
+        return False
+    return first.source in topological([end], stop={first.entered})
+
+
+def names_below(ends: Iterable[Node], stop: set[Node], roots: Roots) -> set[str]:
+    """The arguments that reach `ends` by a way that leads past `stop`."""
+    return {roots[root] for root in set(topological(ends, stop=stop)) & set(roots)}
 
 
 def in_this_thread(hook: Callable) -> Callable:

@@ -8,7 +8,10 @@ from __future__ import annotations
 
 import fnmatch
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -17,6 +20,7 @@ from torch import Tensor, nn
 from .families import Inputs, call, embedding_of, generates
 from .made_inputs import INPUTS
 from .small_configs import LAYERS, WORDS, part_for, small_config
+from .small_timm import MOST_PARAMETERS, picture_of, smallest
 from .treatments import TREATMENTS
 
 LIBRARIES = ("timm", "transformers", "open_clip", "treated")  # the last: one small Llama in many ways
@@ -24,16 +28,12 @@ ATTENTION = re.compile(r"att(entio)?n|mhsa|gpsa|litemla", re.I)
 CHANNELS_ALONE = re.compile(
     r"selectivekernel|squeeze|effnet_?attn|nonlocal|^(se|eca|cbam|split|channel|spatial)\w*att", re.I
 )
-MIXING = re.compile(r"mixer|mixing|poolformer|glu|gated|gating|mamba|recurrent|sequencer|^resmlp", re.I)
+MIXING = re.compile(r"mixer|mixing|metaformer|glu|gated|gating|mamba|recurrent|sequencer|^resmlp", re.I)
 SMALL_BY_NAME = re.compile(r"nano|tiny|atto|femto|pico|xxs|xs|small|050|035|micro|_s(_|\d|$)|_t(_|\d|i_|$)|_m?0|_9_")
 LARGE = re.compile(
     r"giant|huge|large|enormous|gigantic|so\d+m|_7b|_[123]b|base|medium|_x?l(_|$)|_x?b(_|$)|\d{3}m|384|512"
 )
-MOST_PARAMETERS = 250e6
-LARGEST_PICTURE, SMALLER_PICTURE = (
-    512,
-    336,
-)  # of patches of 14, 16 and what is made of them; for timm's models, where another size can be chosen
+CONVOLUTIONS = "convolutions"
 NOTHING_MIXED = "has no attention, mixer or gated MLP: it isn't asked for"
 
 
@@ -52,11 +52,11 @@ class Case:
     readout: Any = None
 
 
-def registered(library: str, pattern: str = "*", few: int | None = None) -> list[str]:
-    """Names of models; few: only so many of every file of timm, those that are small by their names."""
+def registered(library: str, pattern: str = "*") -> list[str]:
+    """Names of models; of timm those first that are small by their names."""
     if library == "timm":
-        names = timm_names(pattern, few)
-    elif library == "transformers":
+        return timm_names(pattern)
+    if library == "transformers":
         names = [name for name in transformers_heads() if fnmatch.fnmatch(name, pattern)]
     elif library == "treated":
         names = [name for name in TREATMENTS if fnmatch.fnmatch(name, pattern)]
@@ -99,8 +99,10 @@ def asked(kind: str, model: nn.Module, inputs: Tensor | dict[str, Any]) -> Case:
         answer = call(model, Inputs(inputs))
     target: Any = 1
     if not isinstance(answer, Tensor):
-        vector = embedding_of(answer)
+        given, vector = answer, embedding_of(answer)
         answer = vector if vector is not None else getattr(answer, "last_hidden_state", None)
+        if answer is None and getattr(given, "feature_maps", None):  # of a backbone
+            return Case(kind, model, inputs, lambda answer: answer.feature_maps[-1].flatten(1)[:, 1])
         if answer is None:
             raise NotBuilt("answers with neither logits nor an embedding")
         target = torch.randn(answer.shape[1 if answer.dim() == 4 else -1])
@@ -117,47 +119,27 @@ def asked(kind: str, model: nn.Module, inputs: Tensor | dict[str, Any]) -> Case:
 # ---- timm ------------------------------------------------------------------------------------------------------------
 
 
-def timm_names(pattern: str, few: int | None) -> list[str]:
+def timm_names(pattern: str) -> list[str]:
     import timm
-    from timm.models._registry import _model_to_module
-
-    names = timm.list_models(pattern)
-    if few is None:
-        return names
-    files: dict[str, list[str]] = {}
-    for name in names:
-        files.setdefault(_model_to_module[name], []).append(name)
 
     def order(name: str) -> tuple[bool, bool, str]:
         return bool(LARGE.search(name)), not SMALL_BY_NAME.search(name), name
 
-    return [name for file in files.values() for name in sorted(file, key=order)[:few]]
+    return sorted(timm.list_models(pattern), key=order)
 
 
 def timm_case(name: str) -> Case:
-    import timm
-
-    def made(**shape) -> nn.Module:
-        return timm.create_model(name, num_classes=7, **shape)
-
-    def size(**shape) -> float:
-        try:
-            with torch.device("meta"):
-                return sum(p.numel() for p in made(**shape).parameters())
-        except Exception:
-            return torch.inf
-
-    shapes: list[dict[str, Any]] = [{}, {"depth": 2}, {"num_blocks": 2}, {"depths": (2, 2, 2, 2)}]
-    expected = timm.get_pretrained_cfg(name).input_size
-    if max(expected) > LARGEST_PICTURE and size(img_size=SMALLER_PICTURE) < torch.inf:
-        expected = (3, SMALLER_PICTURE, SMALLER_PICTURE)
-        shapes = [shape | {"img_size": SMALLER_PICTURE} for shape in shapes]
-    sizes = [size(**shape) for shape in shapes]
-    if min(sizes) > MOST_PARAMETERS and sizes[0] is not torch.inf:
-        raise NotBuilt(f"has {min(sizes) / 1e6:.0f} million parameters")
-    model: Any = perturbed(made(**shapes[sizes.index(min(sizes))]))
-    kind = kind_of(model)
-    if kind == "convolutions":
+    expected, chosen = picture_of(name)
+    kind = ""
+    with suppress(Exception), torch.device("meta"):  # some can't be made without weights
+        kind = kind_of(smallest(name, num_classes=7, **chosen))
+    if kind == CONVOLUTIONS:
+        raise NotBuilt(NOTHING_MIXED)
+    try:
+        model: Any = perturbed(smallest(name, num_classes=7, **chosen))
+    except ValueError as error:
+        raise NotBuilt(str(error)) from error
+    if not kind and (kind := kind_of(model)) == CONVOLUTIONS:
         raise NotBuilt(NOTHING_MIXED)
     return asked(kind, model, torch.randn(1, *expected))
 
@@ -167,7 +149,7 @@ def kind_of(model: nn.Module) -> str:
     names = [name for name in {type(module).__name__ for module in model.modules()} if not CHANNELS_ALONE.search(name)]
     if any(map(ATTENTION.search, names)):
         return "attention"
-    return "mixer" if any(map(MIXING.search, names)) else "convolutions"
+    return "mixer" if any(map(MIXING.search, names)) else CONVOLUTIONS
 
 
 # ---- transformers ----------------------------------------------------------------------------------------------------
@@ -188,6 +170,16 @@ HEADS = {  # kind -> the registry of heads
     "pair": "ZERO_SHOT_IMAGE_CLASSIFICATION",
     "vision-language": "IMAGE_TEXT_TO_TEXT",
 }
+
+
+NEEDS_PACKAGE = "needs a package that isn't installed"
+NO_MODEL_ALONE = "is no model by itself: it drafts words for another one, whose keys and values it has to be given"
+WHY_NOT = {  # where what was raised isn't the reason
+    "decoder gemma4_assistant": NO_MODEL_ALONE,
+    "decoder gemma4_unified_assistant": NO_MODEL_ALONE,
+    "vision-language llama4": "transformers itself fails on any input: forward reads image_outputs, which aren't there",
+}
+WITH_SMALL_PICTURES = ("vision-language", "pair", "video")
 
 
 def transformers_heads() -> dict[str, tuple[str, str, str]]:
@@ -212,9 +204,13 @@ def transformers_case(name: str) -> Case:
         try:
             model_class = getattr(transformers, class_name)
             default = transformers.CONFIG_MAPPING[model_type]()
-            config = part_for(model_class, small_config(default, kind in ("vision-language", "pair", "video"), **how))
+            small = small_config(default, kind in WITH_SMALL_PICTURES, model_class=class_name, **how)
+            config = part_for(model_class, small)
             with torch.device("meta"):
                 size = sum(p.numel() for p in model_class(config).parameters())
+        except ImportError as error:
+            wanted = re.search(r"requires the (\w+) library", str(error))
+            raise NotBuilt(f"{NEEDS_PACKAGE}: {wanted[1] if wanted else error}") from error
         except Exception as error:
             failures.append(f"can't be made: {type(error).__name__}: {error}")
             continue
@@ -229,7 +225,7 @@ def transformers_case(name: str) -> Case:
                 raise
             except Exception as error:  # these inputs don't fit; the next may
                 failures.append(f"runs on none of the inputs made for it: {type(error).__name__}: {error}")
-    raise NotBuilt(failures[0])
+    raise NotBuilt(WHY_NOT.get(name, failures[0]))
 
 
 def treated_case(name: str) -> Case:
@@ -237,7 +233,7 @@ def treated_case(name: str) -> Case:
     try:
         return asked("decoder", TREATMENTS[name](case.model).eval(), case.inputs)
     except ImportError as error:
-        raise NotBuilt(f"needs a package that isn't installed: {error}") from error
+        raise NotBuilt(f"{NEEDS_PACKAGE}: {error}") from error
 
 
 # ---- open_clip -------------------------------------------------------------------------------------------------------
@@ -248,30 +244,24 @@ def open_clip_case(name: str) -> Case:
 
     name, tower = name.rsplit(" ", 1)
     config = open_clip.get_model_config(name)
-    for part in ("vision_cfg", "text_cfg", "multimodal_cfg"):
-        if isinstance(config.get(part, {}).get("layers"), int):
-            config[part]["layers"] = LAYERS
     vision, text = config["vision_cfg"], config["text_cfg"]
-    if tower == "picture":
-        config["text_cfg"] = dict(layers=1, width=64, heads=1)
-        text = config["text_cfg"] | {"context_length": 77}
-    elif text.get("hf_model_name"):
+    captions = "multimodal_cfg" in config  # CoCa, which needs all of its parts
+    for part in (vision, text, *([config["multimodal_cfg"]] if captions else [])):
+        part["layers"] = [1, 1, 1, 1] if isinstance(part.get("layers"), list) else LAYERS
+    if captions:
+        text["vocab_size"] = WORDS
+    elif tower == "picture":
+        text = config["text_cfg"] = dict(layers=1, width=64, heads=1, vocab_size=WORDS)
+    else:
+        config["vision_cfg"] = vision = dict(layers=1, width=64, head_width=64, image_size=32, patch_size=32)
+        text["vocab_size"] = WORDS
+    if text.get("hf_model_name"):
         stand_in_for_hub()
         text["hf_model_pretrained"] = False
-    if tower == "text":
-        config["vision_cfg"] = dict(layers=1, width=64, head_width=64, image_size=32, patch_size=32)
-    elif "timm_model_name" in vision:
-        vision["timm_model_pretrained"] = False
-    custom = config.pop("custom_text", False) or "timm_model_name" in config["vision_cfg"] or "hf_model_name" in text
-    config.pop("multimodal_cfg", None)
-    try:
-        with torch.device("meta"):
-            made = (open_clip.CustomTextCLIP if custom else open_clip.CLIP)(**config)
-        if (size := sum(p.numel() for p in made.parameters())) > MOST_PARAMETERS:
-            raise NotBuilt(f"has {size / 1e6:.0f} million parameters")
-    except NotImplementedError:  # can't be made without data; it is small
-        pass
-    model = perturbed((open_clip.CustomTextCLIP if custom else open_clip.CLIP)(**config))
+    custom = config.pop("custom_text", False) or "timm_model_name" in vision or "hf_model_name" in text
+    made: Any = open_clip.CoCa if captions else open_clip.CustomTextCLIP if custom else open_clip.CLIP
+    with small_timm():
+        model = perturbed(made(**config))
     if tower == "picture":
         size = vision["image_size"]
         inputs: Tensor = torch.randn(1, 3, *(size if isinstance(size, list | tuple) else (size, size)))
@@ -280,6 +270,23 @@ def open_clip_case(name: str) -> Case:
     with torch.no_grad():
         width = call(model, Inputs(inputs)).shape[-1]
     return Case(tower, model, inputs, torch.randn(width))
+
+
+@contextmanager
+def small_timm() -> Iterator[None]:
+    """Inside, open_clip's towers of timm are shallow."""
+    from open_clip import timm_model
+
+    theirs = timm_model.timm
+
+    def create_model(name: str, pretrained: bool, **given: Any) -> nn.Module:
+        return smallest(name, **given)
+
+    timm_model.timm = SimpleNamespace(create_model=create_model)
+    try:
+        yield
+    finally:
+        timm_model.timm = theirs
 
 
 def stand_in_for_hub() -> None:

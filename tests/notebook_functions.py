@@ -15,14 +15,16 @@ DEFINITIONS = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
 LIFTED = (ast.Import, ast.ImportFrom, *DEFINITIONS)
 
 
-def functions_of(notebook_path: str | Path) -> ModuleType:
+def functions_of(notebook_path: str | Path, **assigned: object) -> ModuleType:
     """A module holding what the top level of the notebook's code cells imports and defines; nothing else of them runs.
 
-    A function that reads a value assigned in the notebook needs it set on the returned module first.
+    A function that reads a value assigned in the notebook needs it set on the returned module first, and one that has
+    such a value as a default needs it here.
     """
     path = Path(notebook_path)
     cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
     module = ModuleType(path.stem)
+    vars(module).update(assigned)
     for number, cell in enumerate(cells):
         if cell["cell_type"] == "code":
             _lift(without_magics("".join(cell["source"])), f"{path.name}[cell {number}]", module)

@@ -8,9 +8,9 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
-from models import PICTURES, perturbed, tiny_clip, tiny_gpt2, tiny_hf_vit, tiny_llama, tiny_vit
+from models import PICTURES, TEXT, perturbed, tiny_clip, tiny_gpt2, tiny_hf_vit, tiny_llama, tiny_vit
 from torch import nn
-from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
+from transformers import BertConfig, BertForSequenceClassification, GPTNeoXConfig, GPTNeoXForCausalLM
 
 from libragrad_minimal import libra_grad
 from libragrad_minimal.attribution import attribute, attribute_many
@@ -55,12 +55,13 @@ MODELS = {
 WITHOUT_MAPS = {"swin": "windows", "mixer": "no attention maps"}
 NEEDS_MAPS = {name for name in METHODS if MAPS in reads_of(name)}
 ALONE = [name for name in METHODS if not name.startswith(("IG ", "SmoothGrad "))]
+FOR_TEXTS = [name for name in METHODS if not name.startswith("Occluded ")]
 
 
 # ---- every method on every kind of model -----------------------------------------------------------------------------
 
 
-EVERY = [(method, kind) for kind in MODELS for method in ALONE]
+EVERY = [(method, kind) for kind in MODELS for method in ALONE if method in FOR_TEXTS or kind not in ("llama", "gpt2")]
 EVERY += [(method, kind) for kind in ("registers", "llama") for method in METHODS if method not in ALONE]
 
 
@@ -117,7 +118,7 @@ def test_text_scores_add_up_to_the_logit():
     torch.testing.assert_close(llama.scores.sum(1), llama.output, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", FOR_TEXTS)
 def test_padding_gets_exactly_nothing(method):
     model, options = tiny_llama(), FEW_STEPS.get(method, {})
     mask = torch.tensor([[0, 0, 1, 1, 1, 1], [1, 1, 1, 1, 1, 1]])
@@ -138,31 +139,70 @@ def test_legrad_of_padded_text():
 
 
 class OwnMask(nn.Module):
-    """An encoder that is told of padding by a name of its own, 1 where there is some or where there is none."""
+    """An encoder that is told of padding in a way of its own; `hides` makes of that what is added to logits."""
 
-    def __init__(self, marked: bool):
+    def __init__(self, hides, cut=-torch.inf):
         super().__init__()
         layer = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True)
         self.embedding, self.encoder = nn.Embedding(200, 16), nn.TransformerEncoder(layer, 2)
-        self.head, self.marked = nn.Linear(16, 4), marked
+        self.head, self.hides, self.cut = nn.Linear(16, 4), hides, cut
 
-    def forward(self, input_ids, my_mask):
-        padding = my_mask.bool() if self.marked else ~my_mask.bool()
-        h = self.encoder(self.embedding(input_ids), src_key_padding_mask=padding)
+    def forward(self, input_ids, told):
+        padding = self.hides(told, input_ids)
+        added = torch.zeros(padding.shape).masked_fill(padding, self.cut)
+        h = self.encoder(self.embedding(input_ids), src_key_padding_mask=added)
         return self.head((h * ~padding[..., None]).sum(1) / (~padding).sum(1, keepdim=True))
 
 
-@pytest.mark.parametrize("marked", [True, False], ids=["1 is padding", "0 is padding"])
-@pytest.mark.parametrize("method", ["GenAtt", "Attention Rollout", "RawAtt", "LeGrad", "FullGrad+", "IxG"])
-def test_padding_by_another_name_gets_nothing_too(method, marked):
-    model = perturbed(OwnMask(marked))
+KEPT = torch.tensor([[1, 1, 1, 1, 0, 0], [1, 1, 1, 1, 1, 1]])
+OWN_MASKS = {
+    "1 is padding": (lambda told, ids: told == 1, 1 - KEPT),
+    "0 is padding": (lambda told, ids: told == 0, KEPT),
+    "booleans": (lambda told, ids: ~told, KEPT.bool()),
+    "added to logits": (lambda told, ids: told < 0, -100.0 * (1 - KEPT)),
+    "pairs": (lambda told, ids: ~told.any(1), KEPT[:, None].bool() & KEPT[:, :, None].bool()),
+    "for all heads": (lambda told, ids: ~told[:, 0, 0], KEPT[:, None, None].bool()),
+    "lengths": (lambda told, ids: torch.arange(ids.shape[1]) >= told[:, None], KEPT.sum(1)),
+}
+
+
+@pytest.mark.parametrize("told", OWN_MASKS)
+@pytest.mark.parametrize("method", ["GenAtt", "Attention Rollout", "LeGrad", "GradCAM+", "FullGrad+", "IxG"])
+def test_padding_by_another_name_gets_nothing_too(method, told):
+    hides, mask = OWN_MASKS[told]
+    model = perturbed(OwnMask(hides))
     ids = torch.randint(1, 190, (2, 6), generator=torch.Generator().manual_seed(0))
-    kept = torch.tensor([[1, 1, 1, 1, 0, 0], [1, 1, 1, 1, 1, 1]])
-    mask = 1 - kept if marked else kept
-    padded = attribute(model, {"input_ids": ids, "my_mask": mask}, 1, method)
-    alone = attribute(model, {"input_ids": ids[:1, :4], "my_mask": mask[:1, :4]}, 1, method)
+    one = mask[:1] if mask.dim() == 1 else mask[:1, ..., :4][:, : 4 if mask.dim() == 3 else None]
+    padded = attribute(model, {"input_ids": ids, "told": mask}, 1, method)
+    alone = attribute(model, {"input_ids": ids[:1, :4], "told": one}, 1, method)
     assert (padded.scores[0, 4:] == 0).all()
     torch.testing.assert_close(padded.scores[0, :4], alone.scores[0], rtol=1e-3, atol=1e-5)
+
+
+def test_padding_whose_logits_are_not_infinite():
+    """A logit less 100 leaves padding 1e-44: next to nothing is nothing."""
+    ids = torch.randint(1, 190, (2, 6), generator=torch.Generator().manual_seed(0))
+    hides, mask = OWN_MASKS["0 is padding"]
+    finite, infinite = perturbed(OwnMask(hides, cut=-100.0)), perturbed(OwnMask(hides))
+    finite.load_state_dict(infinite.state_dict())
+    for method in ("LeGrad", "GradCAM+", "IxG"):
+        scores, expected = (
+            attribute(one, {"input_ids": ids, "told": mask}, 1, method).scores for one in (finite, infinite)
+        )
+        assert (scores[0, 4:] == 0).all()
+        torch.testing.assert_close(scores, expected)
+
+
+def test_an_answer_that_is_read_off_padding_is_told(recwarn):
+    """BERT's class token comes first: texts that are padded on the left hide it."""
+    torch.manual_seed(0)
+    model = perturbed(BertForSequenceClassification(BertConfig(**TEXT)))
+    mask = torch.tensor([[1, 1, 1, 1, 0, 0], [1, 1, 1, 1, 1, 1]])
+    for method in ("IxG", "FullGrad+", "GenAtt"):
+        attribute(model, {"input_ids": IDS, "attention_mask": mask}, 1, method)
+    assert not recwarn.list
+    with pytest.warns(UserWarning, match="answer to sample 0 depends on its padding.*padded on the side"):
+        attribute(model, {"input_ids": IDS, "attention_mask": mask.flip(1)}, 1, "IxG")
 
 
 def test_targets_are_linear():

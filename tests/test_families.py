@@ -3,11 +3,13 @@
 import contextlib
 import copy
 
+import numpy as np
 import pytest
 import torch
 import transformers
 from measuring import memory
 from models import IDS, PICTURES, TEXT, tiny_llama, tiny_vit
+from torch.utils.checkpoint import checkpoint
 
 from libragrad_minimal import Against, Probability, UnsupportedOperation, attribute, libra_grad
 from libragrad_minimal.attribution import attribute_many
@@ -186,6 +188,33 @@ def test_checkpointed_blocks_count_or_are_refused():
         attribute(model, IDS, 3, "GenAtt")  # a map that is computed once more isn't the one that was noted
 
 
+class ReentrantHead(torch.nn.Module):
+    def __init__(self, whole=False):
+        super().__init__()
+        self.model, self.whole = picture_model(), whole
+
+    def forward(self, x):
+        if self.whole:
+            return checkpoint(self.model, x, use_reentrant=True)
+        return checkpoint(self.model.forward_head, self.model.forward_features(x), use_reentrant=True)
+
+
+@pytest.mark.parametrize("method", ["IxG", "GenAtt"])
+def test_reentrant_checkpoints_are_refused_wherever_they_are(method):
+    with pytest.raises((RuntimeError, UnsupportedOperation), match="checkpoint.* with use_reentrant=False"):
+        attribute(ReentrantHead().eval(), PICTURES, 1, method)
+    with pytest.raises(ValueError, match="is it detached, .*or checkpointed with use_reentrant=True"):
+        attribute(ReentrantHead(whole=True).eval(), PICTURES, 1, method)
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit:FutureWarning", "ignore::torch.jit.TracerWarning")
+def test_torchscript_is_refused():
+    traced = torch.jit.trace(picture_model(), (PICTURES,))
+    for model in (traced, torch.jit.freeze(traced)):
+        with pytest.raises(ValueError, match="is TorchScript.*give the model that it was made of"):
+            attribute(model, PICTURES, 1)
+
+
 @pytest.mark.filterwarnings("ignore:Using `torch.compile:UserWarning")
 def test_compiled_models_run_eagerly():
     model = text_model()
@@ -274,6 +303,28 @@ def test_parts_in_training_mode_and_caches_are_refused():
     assert cache.get_seq_length() == 4
 
 
+def test_numbers_that_no_gradient_can_follow_are_refused():
+    with torch.inference_mode():
+        model = picture_model()
+    with pytest.raises(ValueError, match=r"parameters of VisionTransformer were made inside torch.inference_mode"):
+        attribute(model, PICTURES, 1)
+    model = picture_model()
+    with pytest.raises(ValueError, match="the input is on the meta device"):
+        attribute(model, PICTURES.to("meta"), 1)
+    with pytest.raises(ValueError, match="inside a transform of torch.func"):
+        torch.func.vmap(lambda picture: attribute(model, picture[None], 1).scores)(PICTURES)
+    model.blocks[1].mlp.to("meta")
+    with pytest.raises(ValueError, match="blocks.1.mlp.fc1.weight is on the meta device"):
+        attribute(model, PICTURES, 1)
+
+
+@pytest.mark.filterwarnings("ignore:Using `torch.compile:UserWarning")
+def test_it_runs_as_it_is_within_a_compiled_function():
+    model = picture_model()
+    compiled = torch.compile(lambda pictures: 2 * attribute(model, pictures, 1).scores, backend="aot_eager")
+    torch.testing.assert_close(compiled(PICTURES), 2 * attribute(model, PICTURES, 1).scores)
+
+
 def runs_backward(answer):
     answer.sum().backward(retain_graph=True)
     return answer[:, 1]
@@ -289,9 +340,9 @@ def runs_backward(answer):
         (dict(target=1, method="IG", steps=1.5), "steps must be a whole number"),
         (dict(target=1, method=["IxG"]), "unknown method"),
         (dict(target=1, rules="libra"), "rules must be LIBRA"),
-        (dict(target=lambda a: a[:, 1].to_sparse()), "sparse_coo.*to_dense"),
+        (dict(target=lambda a: a[:, 1].to_sparse()), r"target\(answer\) is sparse: give an ordinary tensor"),
         (dict(target=lambda a: a[:, 1].long()), "floating-point numbers, got torch.int64"),
-        (dict(target=lambda a: a[:, 1] * 1j), "floating-point numbers, got torch.complex64"),
+        (dict(target=lambda a: a[:, 1] * 1j), r"target\(answer\) is complex: give an ordinary tensor"),
         (dict(target=lambda a: a[:, 1:3]), r"one number per sample \(2,\), got \(2, 2\)"),
         (dict(target=lambda a: a[0, 1]), r"one number per sample \(2,\), got \(\)"),
         (dict(target=lambda a: a[:, 1].tolist()), "one number per sample.*got list"),
@@ -300,6 +351,15 @@ def runs_backward(answer):
         (dict(target=lambda a: torch.ones(2)), "doesn't depend on the blocks"),
         (dict(target=lambda a: torch.ones(2, requires_grad=True) * 2), "doesn't depend on the blocks"),
         (dict(target=runs_backward), "the target function runs a backward pass"),
+        (dict(target=lambda a: next(iter(()))), "the target function fails on the model's answer: StopIteration"),
+        (dict(target=int), "the target function fails on the model's answer: ValueError: only one element"),
+        (dict(target=lambda a: a[:, 1].to("meta")), r"target\(answer\) is on the meta device"),
+        (dict(target=lambda a: torch.nested.as_nested_tensor([a[0], a[1]])), r"target\(answer\) is nested"),
+        (dict(target=lambda a: a[:, 1].to(torch.float8_e4m3fn)), r"target\(answer\) is torch.float8_e4m3fn"),
+        (dict(target=torch.ones(5, device="meta")), "the target is on the meta device"),
+        (dict(target=torch.ones(5).to_sparse()), "the target is sparse"),
+        (dict(target=1, readout=torch.ones(2, device="meta")), "readout is on the meta device"),
+        (dict(target=1, method=np.ones(2)), "unknown method"),
     ],
 )
 def test_slips_of_type(options, message):
@@ -307,6 +367,22 @@ def test_slips_of_type(options, message):
     with pytest.raises(ValueError, match=message):
         attribute(model, PICTURES, **options)
     assert all(parameter.grad is None for parameter in model.parameters())
+
+
+@pytest.mark.parametrize(
+    ("inputs", "message"),
+    [
+        (torch.nested.as_nested_tensor([torch.tensor([1, 2]), torch.tensor([3])]), "the input is nested"),
+        (torch.tensor(3), "which of the inputs.*is the text isn't known"),
+        (IDS * 1j, "the input is complex"),
+        ({"input_ids": IDS.to_sparse()}, "input_ids is sparse"),
+        ({1: IDS}, r"names of inputs must be words.*got \[1\]"),
+        ({"input_ids": IDS, "attention_mask": torch.ones(IDS.shape, device="meta")}, "attention_mask is on the meta"),
+    ],
+)
+def test_tensors_that_are_none(inputs, message):
+    with pytest.raises(ValueError, match=message):
+        attribute(text_model(), inputs, 1)
 
 
 @pytest.mark.parametrize(

@@ -25,6 +25,8 @@ from transformers import (
 )
 
 from libragrad_minimal import PLAIN, attribute, libra_grad
+from libragrad_minimal.layout import beyond_chance
+from libragrad_minimal.zoo import build
 
 
 def pixel_relevance(logit_of, pictures: Tensor, patch: int) -> Tensor:
@@ -277,6 +279,29 @@ def test_pictures_within_texts():
     assert (result.completeness_error < 1e-5 * (1 + result.output.abs())).all()
     with pytest.raises(ValueError, match="no grid"):
         _ = attribute(model, IDS, 7).maps
+
+
+def test_tokens_of_a_codebook_have_no_map():
+    """Chameleon's picture becomes words, and which of them a change of the pixels turns into others is chance."""
+    case = build("transformers", "vision-language chameleon")
+    result = attribute(case.model, case.inputs, case.target, readout=case.readout)
+    assert (result.completeness_error < 1e-4 * (1 + result.output.abs())).all()
+    with pytest.raises(ValueError, match="no map of the picture.*words of a codebook"):
+        _ = result.maps
+
+
+def test_a_picture_without_one_of_its_patches_has_no_map():
+    """UDOP merges the patches under its words with them: fifteen of sixteen are left, and aren't five rows of three."""
+    case = build("transformers", "vision-language udop")
+    result = attribute(case.model, case.inputs, case.target, readout=case.readout)
+    with pytest.raises(ValueError, match="no map of the picture"):
+        _ = result.maps
+
+
+@pytest.mark.parametrize("tokens", [9, 15, 64, 576])
+def test_a_wrong_grid_is_not_right_by_chance(tokens):
+    right = torch.rand(20000, tokens, generator=torch.Generator().manual_seed(0)) < 1 / 4
+    assert (right.double().mean(1) >= beyond_chance(tokens)).double().mean() < 2e-3
 
 
 class Arranged(nn.Module):

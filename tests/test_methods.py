@@ -1,5 +1,6 @@
 """What each method is defined to be: in NumPy on a model made by hand, and on cases worked out by hand."""
 
+import copy
 from functools import partial
 
 import numpy as np
@@ -283,6 +284,27 @@ def test_legrad_runs_every_block_once():
     attribute(model, PICTURES, 3, "LeGrad")
     assert passes.count("forward") == 3 and passes.count("backward") <= 3
     assert not any("forward" in vars(module) for module in model.modules())
+
+
+def test_a_users_hook_on_a_block_acts_once():
+    """Hooks take part in what a block returns; when its answer is read off that, they have had their turn."""
+
+    class Doubled(nn.Module):
+        def __init__(self, block):
+            super().__init__()
+            self.block = block
+
+        def forward(self, x):
+            return self.block(x) * 2
+
+    hooked = tiny_vit()
+    written_out, spoilt = copy.deepcopy(hooked), copy.deepcopy(hooked)
+    hooked.blocks[-1].register_forward_hook(lambda module, args, result: result * 2)
+    spoilt.blocks[-1].register_forward_hook(lambda module, args, result: result.mul_(2))
+    written_out.blocks[-1] = Doubled(written_out.blocks[-1])
+    expected = attribute(written_out, PICTURES, 3, "LeGrad").scores
+    torch.testing.assert_close(attribute(hooked, PICTURES, 3, "LeGrad").scores, expected)
+    torch.testing.assert_close(attribute(spoilt, PICTURES, 3, "LeGrad").scores, expected)
 
 
 def test_legrad_reads_the_mean_token_by_the_models_own_head():

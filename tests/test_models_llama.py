@@ -72,7 +72,7 @@ def test_a_gated_model_is_replaced_with_a_message(monkeypatch, tiny, status):
 
 def test_a_misspelled_model_is_not_replaced(monkeypatch, tiny):
     asked = answer_with(hub_error(RepositoryNotFoundError, 401), monkeypatch, tiny)
-    with pytest.raises(OSError, match="wrapped"):
+    with pytest.raises(OSError, match="the hub answered 401 to no/such-model: there is none of this name"):
         load_pretrained("llama", "no/such-model")
     assert asked == ["no/such-model"]
 

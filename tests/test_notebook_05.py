@@ -41,8 +41,8 @@ def test_dropped_patches_are_tokens_that_nobody_attends_to(notebook, monkeypatch
     notebook.model, notebook.pixels = tiny_vit(img_size=64), torch.randn(1, 3, 64, 64)
     kept = torch.randperm(64)[:20]
     dropped, attention = notebook.dropped(kept), F.scaled_dot_product_attention
-    seen = torch.zeros(65, dtype=torch.bool)
-    seen[0] = seen[1 + kept] = True
+    seen = torch.zeros(1, 65, dtype=torch.bool)
+    seen[0, 0] = seen[0, 1 + kept] = True
     monkeypatch.setattr(F, "scaled_dot_product_attention", lambda q, k, v, **_: attention(q, k, v, attn_mask=seen))
     hidden = notebook.model(notebook.pixels)[0].detach()
     torch.testing.assert_close(dropped, hidden, rtol=1e-4, atol=1e-5)

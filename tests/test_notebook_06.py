@@ -18,9 +18,9 @@ CLEAN, CORRUPT = {"input_ids": IDS[:1, :5]}, {"input_ids": torch.cat([IDS[:1, :2
 @pytest.fixture
 def notebook():
     """Its functions, with a small Llama in the demo model's place."""
-    lifted, model = functions_of(NOTEBOOKS / "06_from_tokens_to_circuits.ipynb"), tiny_llama()
+    lifted, model = functions_of(NOTEBOOKS / "06_from_tokens_to_circuits.ipynb", words=[""] * 5), tiny_llama()
     lifted.llama = SimpleNamespace(model=model, blocks=list(model.model.layers))
-    lifted.clean, lifted.corrupt, lifted.words = CLEAN, CORRUPT, [""] * 5
+    lifted.clean, lifted.corrupt = CLEAN, CORRUPT
     lifted.blue, lifted.green = 3, 4
     return lifted
 

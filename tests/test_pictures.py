@@ -8,9 +8,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tifffile
 from PIL import Image, TiffImagePlugin, TiffTags
 
-from libragrad_minimal import pictures
+from libragrad_minimal import pictures, shades
 from libragrad_minimal.pictures import open_picture
 
 RED = (220, 30, 40)
@@ -211,6 +212,10 @@ def samples() -> list[bytes]:
     files += [encoded(colourful, "TIFF", compression=how) for how in ("tiff_lzw", "tiff_deflate", "packbits")]
     files += [encoded(colourful.convert(mode), "PNG") for mode in ("1", "L", "P", "LA", "RGBA")]
     files += [encoded(colourful.convert("CMYK"), kind) for kind in ("JPEG", "TIFF")]
+    files += [
+        by_tifffile(COLOURS.astype(np.float32)),
+        by_tifffile((COLOURS * 16).astype(np.int16), **declaring(4080.0)),
+    ]
     return [*files, tiff(SHADES), encoded(colourful, "GIF", save_all=True, append_images=[noise])]
 
 
@@ -261,9 +266,9 @@ def tagged(values: np.ndarray, **tags: float) -> bytes:
     """A TIFF that says what its numbers mean."""
     info = TiffImagePlugin.ImageFileDirectory_v2()
     for name, value in tags.items():
-        info[pictures.TAGS[name]] = value
+        info[shades.TAGS[name]] = value
         if isinstance(value, float):
-            info.tagtype[pictures.TAGS[name]] = TiffTags.FLOAT
+            info.tagtype[shades.TAGS[name]] = TiffTags.FLOAT
     return encoded(Image.fromarray(values), "TIFF", tiffinfo=info)
 
 
@@ -336,10 +341,76 @@ def test_colours_of_16_bits_that_hold_fewer_are_refused():
             open_picture(png_of_16_bits(colours * factor))
 
 
-def test_a_tiff_of_float_colours_says_what_it_is():
-    values = np.zeros((8, 8, 3), np.float32).tobytes()
-    entries = {256: 8, 257: 8, 258: 32, 259: 1, 262: 2, 273: 8, 277: 3, 278: 8, 279: len(values), 339: 3}
-    directory = struct.pack("<H", len(entries))
-    directory += b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in entries.items())
-    with pytest.raises(ValueError, match="TIFF of a kind that isn't read"):
-        open_picture(b"II*\0" + struct.pack("<I", 8 + len(values)) + values + directory + bytes(4))
+COLOURS = np.stack([SHADES, SHADES[::-1], SHADES.T], axis=-1)
+
+
+def by_tifffile(values: np.ndarray, **options) -> bytes:
+    """What Pillow can't write."""
+    buffer = io.BytesIO()
+    kind = "rgb" if values.ndim == 3 else "minisblack"
+    tifffile.imwrite(buffer, values, **({"photometric": kind} | options))
+    return buffer.getvalue()
+
+
+def declaring(white: float) -> dict:
+    return {"extratags": [(shades.TAGS["SMaxSampleValue"], "f", 3, (white,) * 3, True)]}
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        by_tifffile((COLOURS / 255).astype(np.float32)),
+        by_tifffile((COLOURS / 255).astype(np.float16)),
+        by_tifffile(COLOURS.astype(np.float64)),
+        by_tifffile(np.moveaxis(COLOURS, -1, 0).astype(np.float32), planarconfig="separate"),
+        by_tifffile((COLOURS * 37 / 255).astype(np.float32), **declaring(37.0)),
+        by_tifffile(COLOURS.astype(np.int16)),
+        by_tifffile((COLOURS / 255 * 32767).astype(np.int16)),
+        by_tifffile((COLOURS * 16).astype(np.int16), **declaring(4080.0)),
+        by_tifffile((COLOURS * 4).astype(np.uint16), **declaring(1020.0)),
+        by_tifffile(np.dstack([COLOURS / 255, np.ones((8, 8))]).astype(np.float32), extrasamples=["unassalpha"]),
+    ],
+    ids=[
+        "float32", "float16", "float64", "planes", "floats to what is declared", "int16 to 255", "int16 to 32767",
+        "int16 of 12 bits, declared", "uint16 of 10 bits, declared", "floats and opacity",
+    ],
+)  # fmt: skip
+def test_colours_in_floats_or_with_a_sign(content):
+    assert np.abs(np.asarray(open_picture(content)) - COLOURS).max() <= 1
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ((COLOURS / 125 - 1).astype(np.float32), "numbers from -1 to 1, and which of them is white"),
+        ((COLOURS / 10).astype(np.float32), "numbers from 0 to 25, and which of them is white"),
+        (np.where(COLOURS == 250, np.nan, COLOURS).astype(np.float32), "from 0 to 246, and 3 of 192 are NaN"),
+        ((COLOURS * 257 - 32768).astype(np.int16), "numbers from -32768 to 31482, and which"),
+        ((COLOURS - 125).astype(np.int8), "numbers from -125 to 125, and which"),
+        ((SHADES * 1e7).astype(np.uint32), r"numbers from 0 to 2.5e\+09, and which"),
+        ((SHADES - 125).astype(np.int16), "numbers from -125 to 125, and which"),
+        (SHADES.astype(np.complex64), r"kind that isn't read \(complex64\): save it with 8 bits"),
+    ],
+)
+def test_colours_that_could_mean_anything_are_refused_with_the_range_found(values, message):
+    with pytest.raises(ValueError, match=message):
+        open_picture(by_tifffile(values))
+
+
+def test_packed_floats_are_refused_unread():
+    """As what is packed may be a bomb: tifffile would fill the memory."""
+    with pytest.raises(ValueError, match=r"isn't read \(float32, 3 a pixel, compression adobe_deflate\)"):
+        open_picture(by_tifffile(COLOURS.astype(np.float32), compression="zlib"))
+
+
+def test_a_negative_of_16_bits_is_turned_into_what_it_shows():
+    negative = (255 - SHADES) * 257
+    opened = np.asarray(open_picture(by_tifffile(negative.astype(np.uint16), photometric="miniswhite")))[..., 0]
+    assert np.abs(opened - SHADES).max() <= 1
+
+
+def test_float_colours_are_upright():
+    wide = np.repeat(COLOURS, 2, axis=1).astype(np.float32)
+    turned = open_picture(by_tifffile(wide, extratags=[(shades.TAGS["Orientation"], "H", 1, 6, True)]))
+    assert turned.size == (8, 16)
+    assert np.abs(np.asarray(turned) - np.rot90(wide, -1)).max() <= 1

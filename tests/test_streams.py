@@ -1,7 +1,10 @@
 """Which modules are the blocks: the graph's word over a name's, `blocks=` over both, candidates where neither tells."""
 
+from functools import partial
+
 import pytest
 import torch
+import torch.nn.functional as F
 import transformers
 from models import IDS, PICTURES, TEXT, VISION, perturbed, tiny_vit
 from torch import nn
@@ -50,7 +53,7 @@ def test_stems_and_heads_are_told_from_blocks():
 class Ensemble(nn.Module):
     def __init__(self):
         super().__init__()
-        self.vit1, self.vit2 = tiny_vit(), tiny_vit()
+        self.vit1, self.vit2 = tiny_vit(depth=2), tiny_vit(depth=2)
 
     def forward(self, x):
         return self.vit1(x) + self.vit2(x)
@@ -68,6 +71,35 @@ def test_towers_side_by_side_are_refused_and_can_be_named():
     with pytest.warns(UserWarning, match="past the named blocks"):
         by_module = attribute(model, PICTURES, 1, "IxG", blocks=list(model.vit1.blocks))
     torch.testing.assert_close(by_name.scores, by_module.scores)
+
+
+class FedTwice(nn.Module):
+    """Blocks of which each is given the first tokens again, beside a tower that nothing is given to."""
+
+    def __init__(self):
+        super().__init__()
+        self.vit, self.blocks = tiny_vit(), nn.ModuleList([Fed(24), Fed(24)])
+        self.embed, self.head = nn.Linear(6, 24), nn.Linear(24, 5)
+
+    def forward(self, x=None, sequence=None):
+        if x is not None:
+            return self.vit(x)
+        first = tokens = self.embed(sequence)
+        for block in self.blocks:
+            tokens = block(tokens, first)
+        return self.head(tokens.mean(1))
+
+
+class Fed(Residual):
+    def forward(self, x, first):
+        return x + self.linear(self.norm(x)) + first / 2
+
+
+def test_a_tower_that_does_not_run_is_no_choice():
+    model = perturbed(FedTwice())
+    streams = find_streams(model, Inputs({"sequence": torch.randn(2, 7, 6)}))
+    assert streams.blocks == tuple(model.blocks)
+    assert find_streams(model, Inputs({"x": PICTURES})).blocks == tuple(model.vit.blocks)
 
 
 class Wide(nn.Module):
@@ -96,6 +128,77 @@ def test_a_way_past_a_single_list_is_refused_or_told(way):
         result = attribute(model, PICTURES, 1, blocks="vit.blocks")
     assert (result.completeness_error < 1e-4).all()
     assert attribute(perturbed(Wide("none")), PICTURES, 1).grid == (4, 4)
+
+
+class Reused(nn.Module):
+    """What enters the first block goes another way, too: into a later block, into the head, or as a gate."""
+
+    def __init__(self, place, in_place=False, embedded=lambda ids, weight: F.embedding(ids, weight)):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(200, 16))
+        layer = partial(nn.TransformerEncoderLayer, 16, 2, 32, batch_first=True)
+        self.blocks, self.head = nn.ModuleList([layer(), layer()]), nn.Linear(16, 4)
+        self.place, self.in_place, self.embedded = place, in_place, embedded
+
+    def from_tokens(self, tokens):
+        h = tokens
+        for place, block in enumerate(self.blocks):
+            h = block(h + tokens if self.place == place else h)
+        if self.place == "gate":
+            return self.head(h.mean(1)) * torch.sigmoid(tokens.mean((1, 2)))[:, None]
+        if self.place == "head" and self.in_place:
+            tokens += h
+            return self.head(tokens.mean(1))
+        return self.head((h + tokens if self.place == "head" else h).mean(1))
+
+    def forward(self, input_ids):
+        return self.from_tokens(self.embedded(input_ids, self.weight))
+
+
+REUSED = [dict(place=place) for place in (1, "head", "gate")] + [dict(place="head", in_place=True)]
+
+
+@pytest.mark.parametrize("options", REUSED, ids=str)
+def test_tokens_that_go_another_way_count_there_too(options):
+    model = perturbed(Reused(**options))
+    result = attribute(model, {"input_ids": IDS}, 1, "IxG")
+    tokens = F.embedding(IDS, model.weight).detach().requires_grad_()
+    with observed():
+        output = model.from_tokens(tokens.clone())[:, 1]
+    (gradient,) = libra_grad(output, tokens)
+    torch.testing.assert_close(result.scores, (gradient * tokens).sum(-1).detach())
+    assert (attribute(model, {"input_ids": IDS}, 1).completeness_error < 1e-5).all()
+    path = attribute(model, {"input_ids": IDS}, 1, "IG", steps=200)
+    assert (path.completeness_error < 0.01).all()
+
+
+WAYS_TO_EMBED = {
+    "functional": lambda ids, weight: F.embedding(ids, weight),
+    "index": lambda ids, weight: weight[ids],
+    "product with ones": lambda ids, weight: F.one_hot(ids, 200).float() @ weight,
+}
+
+
+@pytest.mark.parametrize("way", WAYS_TO_EMBED)
+def test_words_are_followed_however_they_are_embedded(way):
+    class Beside(Reused):
+        def forward(self, input_ids):
+            return super().forward(input_ids) + self.embedded(input_ids, self.weight).sum(1)[:, :4]
+
+    plain, beside = (perturbed(kind(None, embedded=WAYS_TO_EMBED[way])) for kind in (Reused, Beside))
+    assert (attribute(plain, {"input_ids": IDS}, 1).completeness_error < 1e-5).all()
+    with pytest.raises(ValueError, match="leads past its blocks: input_ids"):
+        attribute(beside, {"input_ids": IDS}, 1)
+
+
+def test_what_enters_later_blocks_anew_is_told():
+    class Anew(Reused):
+        def forward(self, input_ids):
+            h = self.blocks[0](self.embedded(input_ids, self.weight))
+            return self.head(self.blocks[1](h + self.embedded(input_ids, self.weight)).mean(1))
+
+    with pytest.warns(UserWarning, match="input_ids enters later blocks of Anew past the first one, too"):
+        attribute(perturbed(Anew(None)), {"input_ids": IDS}, 1)
 
 
 class WideText(nn.Module):
@@ -138,6 +241,13 @@ def test_blocks_whose_residuals_are_added_outside(family):
     attribution = attribute(model, {"input_ids": IDS}, 1)
     assert attribution.completeness_error.max() < 1e-5
     assert attribution.scores.shape == IDS.shape
+    entered = []
+    hook = model.transformer.layer_norm_emb.register_forward_hook(lambda module, args, result: entered.append(result))
+    output = model(IDS).logits[:, 1]
+    hook.remove()
+    (gradient,) = libra_grad(output, entered[0])  # which attention is given, and which is added to what it returns
+    by_token = attribute(model, {"input_ids": IDS}, 1, "IxG").scores
+    torch.testing.assert_close(by_token, (gradient * entered[0]).sum(-1).detach(), rtol=1e-3, atol=1e-6)
 
 
 class SideBySide(nn.Module):

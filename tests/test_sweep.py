@@ -10,7 +10,9 @@ from torch import nn
 from libragrad_minimal import sweep as sweeping
 from libragrad_minimal import zoo
 from libragrad_minimal.cli import main
-from libragrad_minimal.small_configs import LAYERS, SMALL, WIDTH, small_config
+from libragrad_minimal.small_configs import SMALL, small_config
+from libragrad_minimal.small_timm import MOST_PARAMETERS, smallest, twins, without_sizes
+from libragrad_minimal.special_configs import LAYERS, WIDTH
 from libragrad_minimal.sweep import (
     COLUMNS,
     Bounds,
@@ -30,6 +32,7 @@ SAMPLE = {
         "decoder llama",
         "decoder gpt2",
         "decoder mamba",
+        "decoder zamba",
         "classifier bert",
         "masked albert",
         "encoder-decoder t5",
@@ -42,6 +45,7 @@ SAMPLE = {
         "vision-language llava",
         "vision-language qwen2_5_vl",
         "vision-language smolvlm",
+        "vision-language molmo2",
     ],
     "open_clip": ["ViT-B-32 picture", "ViT-B-32 text"],
     "treated": ["as it is", "checkpointed", "in memory until needed (accelerate)"],
@@ -65,6 +69,33 @@ def test_every_name_of_the_sample_is_registered():
         assert set(names) <= set(registered(library))
 
 
+def test_special_configurations_are_of_classes_that_there_are():
+    import transformers
+    from transformers import CONFIG_MAPPING
+
+    from libragrad_minimal.special_configs import SPECIAL
+
+    def parts(config_class):
+        kinds = {config_class.__name__}
+        for part in getattr(config_class, "sub_configs", {}).values():
+            kinds |= parts(part)
+        return kinds
+
+    known = set().union(*(parts(config_class) for config_class in CONFIG_MAPPING.values()))
+    assert {name for name in SPECIAL if name not in known and not hasattr(transformers, name)} == set()
+
+
+def test_reasons_are_of_models_that_are_registered():
+    assert set(zoo.WHY_NOT) <= set(registered("transformers"))
+
+
+def test_special_values_hold_in_parts_too():
+    from transformers import DbrxConfig, FastVlmConfig
+
+    assert small_config(DbrxConfig(), pictures=False).attn_config.clip_qkv == 8
+    assert small_config(FastVlmConfig(), pictures=True).vision_config.architecture == "fastvit_mci0"
+
+
 def test_parts_of_a_configuration_keep_what_the_whole_says():
     from transformers import DetrConfig, RTDetrConfig
 
@@ -83,6 +114,45 @@ def test_filled_configurations_have_less_of_none():
     assert GPT2Config().n_inner is None
     assert small_config(GPT2Config(), pictures=False).n_inner is None
     assert small_config(GPT2Config(), pictures=False, filled=True).n_inner == SMALL["n_inner"]
+
+
+# ---- models that are one but for their sizes ------------------------------------------------------------------------
+
+
+def test_twins_differ_in_sizes_alone():
+    ours = "vit_tiny_patch16_224"
+    others = ["vit_large_patch32_384", "vit_base_patch16_224"]
+    assert twins([ours, *others]) == dict.fromkeys(others, ours)
+    assert twins([ours, "vit_tiny_r_s16_p8_224", "test_vit2", "deit_tiny_distilled_patch16_224", "mixer_b16_224"]) == {}
+
+
+@pytest.mark.parametrize(
+    ("one", "other"), [(0, 1), (1, 2), (True, False), (None, 1), ("s1", "t1"), ((1, 0), (1, 1)), ({"a": 1}, {"b": 1})]
+)
+def test_switches_are_no_sizes(one, other):
+    assert without_sizes(one) != without_sizes(other)
+    assert without_sizes({"x": [one, 7]}) != without_sizes({"x": [other, 7]})
+
+
+def test_asking_leaves_timm_as_it_was():
+    import timm
+
+    twins(["vit_tiny_patch16_224"])
+    assert timm.create_model("test_vit").num_classes == 1000
+
+
+def test_models_too_large_are_narrowed():
+    with torch.device("meta"):
+        model = smallest("mobilenetv5_300m_enc")
+    assert sum(parameter.numel() for parameter in model.parameters()) < MOST_PARAMETERS
+
+
+def test_one_of_several_sizes_is_judged(tmp_path):
+    path = tmp_path / "table.csv"
+    sweep("timm", ["test_vit", "vit_tiny_patch16_224", "vit_small_patch16_224"], path)
+    _, first, second = read(path)
+    assert first["attribute"] == "complete"
+    assert (second["attribute"], second["engine_detail"]) == ("", "is vit_tiny_patch16_224 but for its sizes")
 
 
 # ---- does it find what is wrong? -------------------------------------------------------------------------------------
@@ -190,10 +260,10 @@ def test_goes_on_where_it_was(tmp_path):
 def test_what_was_found_with_other_versions_is_found_anew(tmp_path):
     path = tmp_path / "table.csv"
     Table(path, "timm").add({"model": "test_vit"})
-    assert Table(path, "timm").done == {"test_vit"}
+    assert set(Table(path, "timm").done) == {"test_vit"}
     text = path.read_text().replace("timm ", "timm 0.")
     path.write_text(text)
-    assert Table(path, "timm").done == set()
+    assert Table(path, "timm").done == {}
 
 
 @pytest.mark.parametrize(

@@ -27,6 +27,7 @@ ELSEWHERE = {  # a module without a file of its own -> the file whose tests call
     "report": "test_benchmark.py",
     "scores": "test_attribution.py",
     "sentences": "test_download.py",
+    "shades": "test_pictures.py",
     "small_configs": "test_sweep.py",
     "treatments": "test_families.py",
     "zoo": "test_sweep.py",

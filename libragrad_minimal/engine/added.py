@@ -4,12 +4,25 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from torch import Tensor
 from torch.autograd.graph import Node
 
 from .checks import as_tuple, check_outputs, checked_plan, explained_errors
-from .nodes import COUNTED, HALF, VERSION, Half, edge_of, is_custom, is_leaf, noted, operation_name, saved
+from .nodes import (
+    COUNTED,
+    HALF,
+    VERSION,
+    Half,
+    edge_of,
+    function_class,
+    is_custom,
+    is_leaf,
+    noted,
+    operation_name,
+    saved,
+)
 from .operations import Operation, taught_operation
 from .plan import Plan, find_values, make_plan
 from .rules import LIBRA
@@ -177,8 +190,10 @@ def written_slice(node: Node) -> bool:
     return node.next_functions[0][0] is None or inner is not None and hides(inner)
 
 
-def linear_of_a_constant(node: Node) -> bool:
-    """A custom function that was taught as linear in all its operands."""
+def of_a_custom(node: Any) -> bool:
+    """A frozen bias of bitsandbytes' layers; an operand of a function that was taught as linear in all of them."""
+    if function_class(node).__module__.startswith("bitsandbytes."):
+        return node.dtype_bias is not None and node.next_functions[-1][0] is None
     taught = taught_operation(node)
     return taught is not None and taught.role == "linear" and taught.streams is None and any_without_graph(node, 0)
 
@@ -213,7 +228,7 @@ def hides(node: Node) -> bool:
     """Whether the node adds a constant that has no gradient, as far as its graph tells."""
     if noted(node, COUNTED):
         return False
-    shows = linear_of_a_constant if is_custom(node) else HIDES.get(operation_name(node))
+    shows = of_a_custom if is_custom(node) else HIDES.get(operation_name(node))
     return shows is not None and shows(node)
 
 

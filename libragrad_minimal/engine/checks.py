@@ -54,6 +54,8 @@ def check_outputs(outputs: Sequence[Tensor]) -> None:
                 f"output {i} has no graph: compute it from inputs that require grad, outside torch.no_grad() and "
                 "torch.inference_mode(), without .detach()"
             )
+        if output.is_meta:
+            raise ValueError(f"output {i} is on the meta device, which holds no numbers: load the model's weights")
         bad = output.detach()[~torch.isfinite(output)]
         if len(bad):
             raise ValueError(
@@ -166,6 +168,16 @@ def explained_errors() -> Iterator[None]:
             raise RuntimeError(
                 "the graph of this output has been freed by an earlier backward pass: pass retain_graph=True to that "
                 "one, or run the model again"
+            ) from error
+        if "modified by an inplace operation" in str(error):
+            raise RuntimeError(
+                "the model changed in place what its own derivative needs, so that there is none, balanced or not: "
+                "change a copy there (bitsandbytes' layers of 8 bits do it to float16: run them in bfloat16 or float32)"
+            ) from error
+        if "use_reentrant=True" in str(error):
+            raise RuntimeError(
+                "a part of the model is checkpointed in the reentrant way, which hides the graph: checkpoint it with "
+                "use_reentrant=False"
             ) from error
         if "selective activation checkpoint" in str(error):
             raise RuntimeError(

@@ -65,7 +65,7 @@ class observed(TorchFunctionMode):
 
     def __enter__(self):
         if "torch._dynamo" in sys.modules:  # else nothing is compiled
-            self.eager.enter_context(torch.compiler.set_stance("force_eager"))
+            self.eager.enter_context(run_eagerly())
         return super().__enter__()
 
     def __exit__(self, *exception):
@@ -160,6 +160,17 @@ class observed(TorchFunctionMode):
         return self.half
 
 
+def run_eagerly() -> contextlib.AbstractContextManager[Any]:
+    """Inside, compiled code runs as it was written."""
+    inside = "observed() was entered inside of torch.compile, where it sees nothing: compile the model, not its caller"
+    if torch.compiler.is_compiling():
+        raise UnsupportedOperation(inside)
+    try:
+        return torch.compiler.set_stance("force_eager")
+    except RuntimeError as error:
+        raise UnsupportedOperation(inside) from error
+
+
 def alpha_by_name(function: Callable, args: list[Any], kwargs: dict[str, Any]) -> None:
     """x.add(2, y), and torch.rsub(x, 1, 2): only of a number, or in older programs, its factor goes by position."""
     if len(args) == 3 and plain_name(function) in ("add", "sub", "rsub", "subtract"):
@@ -173,9 +184,9 @@ def check_eval_mode(function: Callable, args: Sequence[Any], kwargs: dict[str, A
     module = running_module() if drops or function in RANDOM else None
     if drops or module is not None and module.training:
         name = function.__name__ if module is None else type(module).__name__
-        raise ValueError(
-            f"{name} dropped something at random (dropout was active): call model.eval() before the forward pass"
-        )
+        always = module is not None and not module.training
+        cure = "in eval mode, too: set its p to 0" if always else "call model.eval() before the forward pass"
+        raise ValueError(f"{name} dropped something at random (dropout was active): {cure}")
 
 
 def running_module() -> nn.Module | None:

@@ -8,9 +8,10 @@ plays in plan.py, and for the offenders the formula (repairs.py) that mends them
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -25,6 +26,7 @@ from .nodes import (
     is_native,
     noted,
     operation_name,
+    precise,
     result_shape,
     saved,
     short_name,
@@ -333,10 +335,26 @@ def bloom_gelu(node: Node, grad_inputs: Gradients, grad_outputs: Gradients) -> G
     return (repairs.bloom_gelu(gradient, x), *grad_inputs[1:])
 
 
+def int8_product(node: Any, grad_inputs: Gradients, grad_outputs: Gradients) -> Gradients:
+    """q(x) W, where q rounds each row to 8 bits of its largest entry, so that it is of degree one: its slope is q(x)/x.
+
+    Its own derivative takes q for the identity. Columns with outliers aren't rounded (Dettmers et al. 2022).
+    """
+    quantise = sys.modules[function_class(node).__module__].F.int8_vectorwise_quant
+    gradient, x = grad_inputs[0], node.tensors[2]
+    assert gradient is not None
+    codes, largest, outliers = quantise(x.half(), threshold=node.state.threshold)
+    rounded = codes * (largest / 127)[:, None]
+    if outliers is not None:
+        rounded[:, outliers.long()] = x[:, outliers.long()].to(rounded.dtype)
+    mine = repairs.secant(precise(gradient).reshape(x.shape), rounded, precise(x))
+    return (mine.view(gradient.shape).to(gradient.dtype), *grad_inputs[1:])
+
+
 CUSTOM: dict[str, Operation] = {
     "torch.nn.modules._functions.BackwardHookFunction": Operation("linear"),
     "bitsandbytes.autograd._functions.MatMul4Bit": Operation("linear"),
-    "bitsandbytes.autograd._functions.MatMul8bitLt": Operation("linear"),
+    "bitsandbytes.autograd._functions.MatMul8bitLt": Operation("balanced", "activation", int8_product, streams=(0, 2)),
     "transformers.models.bloom.modeling_bloom.GeLUFunction": Operation("balanced", "activation", bloom_gelu),
 }
 
@@ -444,6 +462,8 @@ CURES = {
     "Elu": "in place it hides its argument: set inplace=False",
     "Celu": "in place it hides its argument: set inplace=False",
     "MkldnnRnnLayer": "a fused LSTM hides its gates: run it inside torch.backends.mkldnn.flags(enabled=False)",
+    "WarnNotImplemented": "an operator without a derivative, of a quantised layer perhaps: explain the model as it was "
+    "before, or what model.dequantize() of transformers makes of it",
     "CudnnRnn": "a fused LSTM hides its gates: run it inside torch.backends.cudnn.flags(enabled=False)",
 }
 CURES_OF_CUSTOMS = {

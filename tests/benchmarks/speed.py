@@ -16,12 +16,15 @@ by more than the differences that matter, the machine was too busy.
 
 What came out
 -------------
-Two quiet cores (an AMD EPYC at 2 GHz), torch 2.14, November 2026; medians of 3 x 15 pairs, or (*) of 15; memory 1.000
-everywhere. Trainable parameters / frozen ones:
+Two cores of a shared machine (AMD EPYC), torch 2.14, November 2026; the median of each repetition of 15 pairs; memory
+1.000 everywhere. A repetition disturbed by others (!) was measured once more. Trainable parameters / frozen ones:
 
-- ViT-B/16, batch 1: 0.919, 0.926, 0.942 / 0.928, 0.928, 0.929; batch 8: 0.893 * / 0.894 *
-- CLIP ViT-L/14: 0.908 * / 0.909 *
-- Llama, 256 tokens: 0.850, 0.851, 0.860 / 0.846 *; 1,024 tokens: 0.826 * / not measured
+- ViT-B/16, batch 1: 0.919, 0.926, 0.942 / 0.928, 0.928, 0.929; batch 8: 0.907, 0.897, 0.892 / 0.898, 0.889, 0.899
+- CLIP ViT-L/14: 0.910, 0.914, 0.911 / 0.895, 0.952 (!), 0.902, 0.920
+- Llama, 256 tokens: 0.870, 0.909, 0.857 / 0.861, 0.845, 0.863
+- Llama, 1,024 tokens: 1.084 (!), 0.854, 0.811, 0.843 / 0.790, 0.834, 0.842
+- in lxt's venv, 256 tokens, one repetition under load: libra_grad 0.879 / 0.871, with lxt's rules 0.916 / 0.931, lxt
+  itself 0.919 / 0.960
 - observed(), ViT-B/16 batch 1, the forward pass alone: 1.006, 1.014, 1.025 / 0.997, 1.020, 1.045, which is mostly
   noise: it takes about 2 ms of 265, half of them what PyTorch takes to call any function mode for each of 243
   functions; it keeps nothing of its own.

@@ -97,3 +97,16 @@ def test_dropout_in_attention_is_refused():
 def test_masks_of_ones_and_zeros_are_not_dropout(x):
     mask = (torch.rand(2, 5, 8) > 0.5).double()
     torch.testing.assert_close(libra_grad((x * mask).sum(), x)[0], mask)
+
+
+def test_what_the_model_changed_in_place_has_no_derivative_of_any_kind(x):
+    h = torch.exp(x)
+    output = (h * h).sum((1, 2))
+    h.detach().add_(1)
+    with pytest.raises(RuntimeError, match="changed in place what its own derivative needs.*change a copy"):
+        libra_grad(output, h)
+    h = torch.exp(x)
+    output = (h * h).sum((1, 2))
+    h.clone().detach().add_(1)
+    (gradient,) = libra_grad(output, h)
+    torch.testing.assert_close((h * gradient).sum((1, 2)), output)

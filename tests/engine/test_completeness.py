@@ -94,12 +94,12 @@ def test_transformers(name, attention):
         pytest.skip(f"transformers has no sdpa for {name}")
     transformers.logging.set_verbosity_error()
     config = getattr(transformers, f"{name}Config")(**DECODERS[name], **SPECIAL_TOKENS)
-    model = perturbed(transformers.AutoModelForCausalLM.from_config(config, attn_implementation=attention), 0.05)
+    model = perturbed(transformers.AutoModelForCausalLM.from_config(config, attn_implementation=attention))
     tokens = torch.randint(3, 64, (2, 7))
     embeddings = model.get_input_embeddings()(tokens).detach().requires_grad_()
     before = model(inputs_embeds=embeddings).logits
     assert relative_error(before[:, -1, 5], embeddings) <= 1e-5
-    assert relative_error(before[:, -1, 5], embeddings, PLAIN) > 1e-2  # the check can fail
+    assert relative_error(before[:, -1, 5], embeddings, PLAIN) > 1e-3  # the check can fail
     assert torch.equal(model(inputs_embeds=embeddings).logits, before)
     model, embeddings = model.double(), embeddings.detach().double().requires_grad_()
     if name == "Mixtral":

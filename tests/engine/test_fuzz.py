@@ -4,13 +4,21 @@ import random
 from collections import Counter
 
 import pytest
-from fuzz import GOOD, POOL, TEMPLATES, Program, outcome, random_steps, shrunk
+import torch
+from fuzz import FFT_FAILS, GOOD, POOL, TEMPLATES, Program, outcome, random_steps, shrunk
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 NOT_TO_BE_BALANCED = [template for template, often in POOL.items() if often == 1]
 BALANCED = [template for template in TEMPLATES if template not in NOT_TO_BE_BALANCED]
 STEPS = st.tuples(st.sampled_from(BALANCED), st.integers(0, 999))
+
+
+def slices_are_shown() -> bool:
+    """Whether PyTorch tells what was done in place to a slice, as it does since 2.14; else that is refused."""
+    written = torch.zeros(2).requires_grad_().clone()
+    written[0].mul_(2)
+    return hasattr(written.grad_fn, "_wrapped_node")
 
 
 def test_any_graph_is_complete_or_refused():
@@ -34,7 +42,8 @@ def test_any_graph_is_complete_or_refused():
         assert kind in GOOD, f"{kind}: {text}\n{shrunk(steps)}"
 
     check()
-    assert counts["complete"] > counts.total() / 2 and counts["refused"] < 0.3 * counts.total(), counts
+    fewest, most = (0.5, 0.3) if slices_are_shown() else (0.4, 0.55)
+    assert counts["complete"] > fewest * counts.total() and counts["refused"] < most * counts.total(), counts
 
 
 @pytest.mark.parametrize("template", TEMPLATES)
@@ -44,4 +53,8 @@ def test_every_operation_alone(template):
     for number in range(3):
         program = Program([(template, number)])
         kind, text = outcome(program)
+        if text == FFT_FAILS:
+            pytest.skip(text)
+        if kind == "refused" and "CopySlices" in text and not slices_are_shown():
+            continue
         assert kind == expected, f"{kind}: {text}\n{program}"

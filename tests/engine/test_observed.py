@@ -200,6 +200,16 @@ def test_random_modules_in_training_mode_are_refused(name):
     torch.testing.assert_close(torch.tensor(total(output, x)).float(), output.sum().detach())
 
 
+def test_dropout_that_is_always_on_has_another_cure():
+    class Always(nn.Module):
+        def forward(self, x):
+            return nn.functional.dropout(x, 0.5, training=True)
+
+    with pytest.raises(ValueError, match="Always dropped something at random.*in eval mode, too: set its p to 0"):
+        with observed():
+            Always().eval()(torch.randn(2, 3, requires_grad=True))
+
+
 @pytest.mark.parametrize("name", [name for name in RANDOM if "patches" not in name])
 def test_dropout_is_seen_in_the_graph_too(name):
     x = torch.randn(16, 6, 8, requires_grad=True)
@@ -367,3 +377,14 @@ def test_compiled_models_run_eagerly_until_the_end():
         output = model(F.normalize(x)).sum(1)
     assert "CompiledFunction" not in str(audit(output, x))
     assert "CompiledFunction" in str(audit(model(x).sum(1), x))
+
+
+def test_entered_inside_of_torch_compile_it_says_so():
+    def explained(x):
+        with observed():
+            output = (torch.nn.functional.gelu(x) + 1).sum(1)
+        return output
+
+    torch._dynamo.reset()
+    with pytest.raises(UnsupportedOperation, match=r"entered inside of torch.compile.*compile the model"):
+        torch.compile(explained, backend="eager")(torch.randn(2, 3, requires_grad=True))

@@ -1,0 +1,136 @@
+"""Pictures that hold more than 0 to 255: which numbers are black and white, or a refusal that names the range."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+DARKEST = 0.05  # of white; a picture that has nothing brighter was meant in other units
+TAGS = {
+    "BitsPerSample": 258,
+    "PhotometricInterpretation": 262,
+    "Orientation": 274,
+    "MinSampleValue": 280,
+    "MaxSampleValue": 281,
+    "SampleFormat": 339,
+    "SMinSampleValue": 340,
+    "SMaxSampleValue": 341,
+}
+UNSIGNED, SIGNED = 1, 2  # formats of samples
+
+
+@dataclass(frozen=True)
+class Declared:
+    """What a file says of its numbers, which Pillow doesn't heed."""
+
+    black: float = 0
+    white: float | None = None
+    largest: int = 65535  # of 16 bits: with a sign, 32767
+    dtype: str | None = None  # what Pillow takes for another: "int8" for uint8, "uint32" for int32
+    inverted: bool = False  # zero is white
+    orientation: int = 1
+    cut: bool = False  # colours of 16 bits, of which Pillow keeps the upper 8
+
+    @classmethod
+    def by(cls, picture: Image.Image) -> Declared:
+        """Must be asked before the picture is loaded."""
+        cut = any(";16" in str(tile.args) for tile in getattr(picture, "tile", []))
+        return cls.of(getattr(picture, "tag_v2", {}), cut)
+
+    @classmethod
+    def of(cls, tags: Mapping[int, Any], cut: bool = False) -> Declared:
+        """By a TIFF's tags; other pictures have none."""
+
+        def first(*names: str) -> float | None:
+            values = [tags[TAGS[name]] for name in names if TAGS[name] in tags]
+            return float(np.asarray(values[0]).flat[0]) if values else None
+
+        bits, form = first("BitsPerSample"), first("SampleFormat") or UNSIGNED
+        white = first("SMaxSampleValue", "MaxSampleValue")
+        if white is None and bits in (10, 12, 14):
+            white = 2**bits - 1
+        return cls(
+            black=first("SMinSampleValue", "MinSampleValue") or 0,
+            white=white,
+            largest=32767 if form == SIGNED else 65535,
+            dtype={(8, SIGNED): "int8", (32, UNSIGNED): "uint32"}.get((bits, form)),
+            inverted=first("PhotometricInterpretation") == 0,
+            orientation=int(first("Orientation") or 1),
+            cut=cut,
+        )
+
+
+def numbers_of_tiff(content: bytes) -> tuple[np.ndarray, Declared]:
+    """The numbers of a TIFF's first picture as they are, (H, W) or (H, W, 3 or 4), and what it says of them.
+
+    Raises:
+        NotImplementedError: they are complex, of other channels, or packed; the message says which. Anything else that
+            tifffile raises: the file is damaged.
+    """
+    import tifffile
+
+    with tifffile.TiffFile(io.BytesIO(content)) as file:
+        page = file.pages.first
+        unpacked = page.compression == 1 and page.nbytes <= len(content)  # what is packed may be a bomb
+        if not unpacked or page.axes not in ("YX", "YXS", "SYX") or page.samplesperpixel not in (1, 3, 4):
+            pixel = f"{page.samplesperpixel} a pixel"
+            raise NotImplementedError(f"{page.dtype}, {pixel}, compression {page.compression.name.lower()}")
+        if page.dtype.kind not in "iuf":
+            raise NotImplementedError(str(page.dtype))
+        values = page.asarray()
+        tags = {tag.code: tag.value for tag in page.tags}
+    if page.axes == "SYX":
+        values = np.moveaxis(values, 0, -1)
+    if values.ndim != len(page.axes) or values.shape[2:] not in ((), (3,), (4,)):
+        raise ValueError("what it says of its size isn't true")
+    return values, Declared.of(tags)
+
+
+def as_bytes(values: np.ndarray, declared: Declared, name: str) -> Image.Image:
+    """Numbers (H, W) or (H, W, 3 or 4) as a picture of 8 bits.
+
+    Raises:
+        ValueError: it can't be known which of them is white, or they would all be black; with the range found.
+    """
+    black, white = _range(values, declared, name)
+    shades = (values.astype(np.float32) - black) * (255 / (white - black))
+    return Image.fromarray((255 - shades if declared.inverted else shades).astype(np.uint8))
+
+
+def _range(values: np.ndarray, declared: Declared, name: str) -> tuple[float, float]:
+    """The numbers that stand for black and white: those that the file declares, else those that there's no doubt about.
+
+    Floats from 0 to 1 and integers of 16 bits are what image libraries write; 0 to 255 is an ordinary picture that was
+    stored with more bits. Between those lie 10- and 12-bit scans, measurements and high dynamic range.
+    """
+    finite = values[np.isfinite(values)]
+    darkest, brightest = (float(finite.min()), float(finite.max())) if finite.size else (np.nan, np.nan)
+    found = f"{name} holds numbers from {darkest:g} to {brightest:g}"
+    if finite.size < values.size:
+        raise ValueError(
+            f"{found}, and {values.size - finite.size} of {values.size} are NaN or infinity, which is no shade: put "
+            "numbers in their place"
+        )
+    black, white = 0.0, None
+    if declared.white is not None:
+        if declared.black <= darkest and brightest <= declared.white and declared.black < declared.white:
+            black, white = declared.black, declared.white
+    elif darkest >= 0:
+        if values.dtype.kind == "f" and brightest <= 1:
+            white = 1.0
+        elif brightest <= 255 and (values.dtype.kind in "iu" or brightest > 127):  # light in floats may be of any size
+            white = 255.0
+        elif values.dtype.kind in "iu" and 4095 < brightest <= declared.largest:
+            white = float(declared.largest)
+    cure = "scale them to 0 ... 255 and save it with 8 bits"
+    if white is None:
+        said = f", and its file says {declared.black:g} to {declared.white:g}" if declared.white is not None else ""
+        raise ValueError(f"{found}{said}, and which of them is white can't be known: {cure}")
+    if black < brightest < black + DARKEST * (white - black):
+        raise ValueError(f"{found}, of {black:g} to {white:g}, and would be black: {cure}")
+    return black, white
