@@ -1,6 +1,6 @@
 """Draw the README's pictures: photographs, a prompt and sentences, by plain and balanced gradients; and every method.
 
-python data/readme_figure.py    # writes data/readme_figure.png and data/readme_methods.png
+python data/readme_figure.py    # writes data/readme_figure.png, data/readme_methods.png and data/readme_methods/
 
 The ViT is an ImageNet ViT-Tiny from the hub, the sentences are those of SmolLM2 in smollm2_strips.json, the CLIP is our
 demo model, which knows glyphs.
@@ -23,6 +23,8 @@ from libragrad_minimal.prompts import attribute_prompts
 from libragrad_minimal.scenes import draw_scene
 
 FILE = Path(__file__).with_suffix(".png")
+SHEET = FILE.with_name("readme_methods.png")
+SMALL = 112  # pixels of a picture in README's table
 RULES = {"plain": PLAIN, "Libra": LIBRA}
 Row = tuple[np.ndarray, list[tuple[str, dict[str, np.ndarray]]]]  # a picture; what was asked, and the maps by rules
 
@@ -92,24 +94,33 @@ def draw_sentences(part: SubFigure, title: str, strips: list[dict]) -> None:
 
 
 def draw_methods() -> None:
-    """One collage, asked for the cat, by every method that isn't an average of another's gradients."""
-    vit, collage = (
-        load_pretrained("vit", "vit_tiny_patch16_224.augreg_in21k_ft_in1k"),
-        draw_collage(1, ["cat", "coffee"]),
-    )
+    """One collage, asked for the cat, by every method but averages of others: on a sheet, and each alone."""
+    vit = load_pretrained("vit", "vit_tiny_patch16_224.augreg_in21k_ft_in1k")
+    collage = draw_collage(1, ["cat", "coffee"])
     target = vit.model(vit.transform(photograph("cat"))[None]).argmax().item()
     names = [name for name in METHODS if not name.startswith(("IG ", "SmoothGrad "))]
     found = attribute_many(vit.model, vit.transform(collage.image)[None], target, names)
+    picture = np.asarray(collage.image.resize((224, 224), Image.Resampling.BICUBIC))
+    maps = {name: blended(picture, found[name].maps[0].numpy()) for name in names}
+    draw_sheet({"Egyptian cat?": picture, **maps})
+    for name, drawn in {"picture": picture, **maps}.items():
+        small = Image.fromarray(drawn).resize((SMALL, SMALL), Image.Resampling.LANCZOS)
+        few_colours = small.quantize(128, Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE)
+        few_colours.save(SHEET.with_suffix("") / f"{file_name(name)}.png", optimize=True)
+
+
+def file_name(method: str) -> str:
+    return method.lower().replace("+", "-plus").replace(" ", "-")
+
+
+def draw_sheet(pictures: dict[str, np.ndarray]) -> None:
     figure, grid = plt.subplots(4, 6, figsize=(9, 6.6), layout="constrained", facecolor="white")
-    grid.flat[0].imshow(np.asarray(collage.image))
-    grid.flat[0].set_title("Egyptian cat?", fontsize=9)
-    for axes, name in zip(grid.flat[1:], names, strict=False):
-        large = collage.image.resize((224, 224), Image.Resampling.BICUBIC)
-        axes.imshow(blended(np.asarray(large), found[name].maps[0].numpy()))
+    for axes, (name, picture) in zip(grid.flat, pictures.items(), strict=False):
+        axes.imshow(picture)
         axes.set_title(name.replace("Gradient Attention", "Gradient"), fontsize=9)
     for axes in grid.flat:
         axes.set(xticks=[], yticks=[], frame_on=False)
-    figure.savefig(FILE.with_name("readme_methods.png"), dpi=100, pil_kwargs={"optimize": True})
+    figure.savefig(SHEET, dpi=100, pil_kwargs={"optimize": True})
 
 
 def main() -> None:

@@ -58,7 +58,7 @@ class Declared:
             black=first("SMinSampleValue", "MinSampleValue") or 0,
             white=white,
             largest=32767 if form == SIGNED else 65535,
-            dtype={(8, SIGNED): "int8", (32, UNSIGNED): "uint32"}.get((bits, form)),
+            dtype={(8, SIGNED): "int8", (32, UNSIGNED): "uint32"}.get((int(bits or 0), int(form))),
             inverted=first("PhotometricInterpretation") == 0,
             orientation=int(first("Orientation") or 1),
             cut=cut,
@@ -78,9 +78,9 @@ def numbers_of_tiff(content: bytes) -> tuple[np.ndarray, Declared]:
         page = file.pages.first
         unpacked = page.compression == 1 and page.nbytes <= len(content)  # what is packed may be a bomb
         if not unpacked or page.axes not in ("YX", "YXS", "SYX") or page.samplesperpixel not in (1, 3, 4):
-            pixel = f"{page.samplesperpixel} a pixel"
-            raise NotImplementedError(f"{page.dtype}, {pixel}, compression {page.compression.name.lower()}")
-        if page.dtype.kind not in "iuf":
+            packing = tifffile.COMPRESSION(page.compression).name.lower()
+            raise NotImplementedError(f"{page.dtype}, {page.samplesperpixel} a pixel, compression {packing}")
+        if page.dtype is None or page.dtype.kind not in "iuf":
             raise NotImplementedError(str(page.dtype))
         values = page.asarray()
         tags = {tag.code: tag.value for tag in page.tags}

@@ -81,6 +81,18 @@ def test_difference_is_that_of_a_paired_t_test(notebook):
     assert mean / error == pytest.approx(ttest_rel(first, second).statistic)
 
 
+def test_gain_is_that_of_a_paired_t_test(notebook):
+    values = {"plain": np.random.default_rng(0).normal(size=9), "libra": np.random.default_rng(1).normal(size=9)}
+    parts = [
+        pd.DataFrame({"example": range(9), "method": "IxG", "rules": rules, "protocol": "", "metric": "AP", "value": v})
+        for rules, v in values.items()
+    ]
+    (told,) = notebook.gain(pd.concat(parts), "IxG libra", "IxG plain").items()
+    measure, (mean, error) = told
+    expected = ttest_rel(values["libra"], values["plain"])
+    assert (measure, mean / error) == ("AP", pytest.approx(expected.statistic))
+
+
 @pytest.mark.parametrize("sign", [1, -1])
 def test_agreement_of_equal_and_of_opposite_orders(notebook, sign):
     means = {"a": 1.0, "b": 5.0, "c": 2.0}
@@ -93,7 +105,7 @@ def test_agreement_of_equal_and_of_opposite_orders(notebook, sign):
 def test_the_best_three(notebook):
     means = {"a": 1.0, "b": 4.0, "c": 2.0, "d": 3.0}
     results = {f"{name} | plain | AP": torch.tensor([mean - 1, mean + 1]) for name, mean in means.items()}
-    assert notebook.best_three(results, "AP") == "b plain 4.00 ± 1.00, d plain 3.00 ± 1.00, c plain 2.00 ± 1.00"
+    assert notebook.best_three(results, "AP") == "b, plain 4.00 ± 1.00; d, plain 3.00 ± 1.00; c, plain 2.00 ± 1.00"
 
 
 def test_told_counts_differences_of_more_than_two_errors(notebook):
