@@ -80,7 +80,7 @@ def test_whitespace_is_visible_and_lines_break():
 def test_sign_strength_and_hover():
     up, down, weak, none = Reader(html(Strip(list("abcd"), [2.0, -1.0, 0.05, 0.0]))).spans
     assert "{},{},{}".format(*POSITIVE) in up["style"] and "{},{},{}".format(*NEGATIVE) in down["style"]
-    assert opacity(up) == pytest.approx(STRONGEST) and opacity(down) == pytest.approx(STRONGEST / 2, abs=0.005)
+    assert opacity(up) == pytest.approx(STRONGEST) and opacity(down) == pytest.approx(STRONGEST / 2, abs=0.006)
     assert opacity(weak) < 0.05 and opacity(none) == 0
     assert "dotted" in down["style"] and "dotted" not in up["style"]  # the sign survives without colour
     assert (up["title"], down["title"]) == ("+2", "-1")
