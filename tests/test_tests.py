@@ -17,6 +17,8 @@ ELSEWHERE = {  # a module without a file of its own -> the file whose tests call
     "demo_vits": "test_models.py",
     "explanations": "test_cli.py",
     "gradient_methods": "test_methods.py",
+    "small_timm": "test_sweep.py",
+    "special_configs": "test_sweep.py",
     "hovering": "test_explorer.py",
     "made_inputs": "test_sweep.py",
     "outputs": "test_cli.py",
