@@ -78,6 +78,8 @@ def verdicts(library: str, name: str) -> dict[str, Any]:
         try:
             row |= {f"{whose}{column}": value for column, value in judge(case, number).items()}
         except Exception as error:
+            if out_of_memory(error):  # says nothing of the judge
+                raise
             row |= {whose: REFUSED if is_refusal(error) else RAW, f"{whose}_detail": told(error)}
     row["grid"] = row.pop("attribute_grid", "")
     row["seconds"] = f"{time.perf_counter() - started:.1f}"
@@ -358,14 +360,14 @@ def work(library: str, name: str, bounds: Bounds, answers: Connection) -> None:
     limit_memory(bounds)
     try:
         row = verdicts(library, name)
-    except (MemoryError, RuntimeError) as error:
-        if not isinstance(error, MemoryError) and "memory" not in str(error):
-            row = not_made(error)
-        else:
-            row = {"engine": "not run", "engine_detail": f"needs more than {bounds.gigabytes:g} GB"}
     except Exception as error:  # the library's own, when it makes a model: a row must come of it all the same
-        row = not_made(error)
+        too_large = {"engine": "not run", "engine_detail": f"needs more than {bounds.gigabytes:g} GB"}
+        row = too_large if out_of_memory(error) else not_made(error)
     answers.send(row | {"megabytes": megabytes()})
+
+
+def out_of_memory(error: Exception) -> bool:
+    return isinstance(error, MemoryError) or isinstance(error, RuntimeError) and "allocate memory" in str(error)
 
 
 def not_made(error: Exception) -> dict[str, Any]:
