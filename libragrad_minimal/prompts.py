@@ -4,7 +4,6 @@ import warnings
 from bisect import bisect_left
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import torch
@@ -82,8 +81,7 @@ def _each_prompt(
     request = Request(loaded.model, Inputs(images), keep, rules, reads=reads_of(method) | {GRAPH})
     shared = record(request)
     for text in texts:
-        asked = replace(request, target=text)
-        run = replace(shared, output=features[0] @ text, request=asked, rerun=partial(record, asked))
+        run = replace(shared, output=features[0] @ text, request=replace(request, target=text))
         yield attribution(run, method, {})
 
 

@@ -139,7 +139,7 @@ class Recording:
     entered: list[Tensor]  # L, as each block was given them, if the recording is to tell what is added to them
     returned: list[Any]  # L, all that each block returned, if the recording is to read the model's answer off them
     blocks: tuple[nn.Module, ...]
-    rerun: Callable[..., Recording]  # rerun(changed=...): as in `record`
+    recorded: Callable[..., Recording]  # as `record`; this and the next two under the user's autocast
     again: Callable[[], Recording]  # the same once more
     answer: Callable[..., Tensor]  # as `answered`
     # means over changed tokens, by what was changed; a recording of another target, made by `replace`, has its own
@@ -161,6 +161,10 @@ class Recording:
                 f"this recording holds no {' and no '.join(sorted(missing))}: say that your method reads them, with "
                 "the decorator @reads(...) of libragrad_minimal.scores"
             )
+
+    def rerun(self, changed: Callable[[Tensor], Tensor]) -> Recording:
+        """The same with other tokens entering the first block."""
+        return self.recorded(self.request, changed)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -679,7 +683,7 @@ class Passed:
             entered=self.entered,
             returned=self.returned,
             blocks=self.streams.blocks,
-            rerun=in_this_autocast(partial(record, request), device),
+            recorded=in_this_autocast(record, device),
             again=in_this_autocast(partial(record, request, self.changed), device),
             answer=in_this_autocast(answered, device),
         )

@@ -21,6 +21,7 @@ def test_mean_over_the_passes_in_which_a_patch_stood():
         (seen == 0).float().mean().item(): (pictures, seen != 0)
         for pictures, seen in zip(painted, patches, strict=True)
     }
+    one_each[0.0] = (PICTURES, torch.ones(2, 16, dtype=torch.bool))  # not those that asked where patches lie
     total, count = torch.zeros(2, 16), torch.zeros(2, 16)
     for pictures, stood in one_each.values():
         total += attribute(model, pictures, 3).scores * stood

@@ -16,6 +16,7 @@ from .nodes import (
     VERSION,
     Half,
     edge_of,
+    full_name,
     function_class,
     is_custom,
     is_leaf,
@@ -190,10 +191,13 @@ def written_slice(node: Node) -> bool:
     return node.next_functions[0][0] is None or inner is not None and hides(inner)
 
 
-def of_a_custom(node: Any) -> bool:
-    """A frozen bias of bitsandbytes' layers; an operand of a function that was taught as linear in all of them."""
-    if function_class(node).__module__.startswith("bitsandbytes."):
-        return node.dtype_bias is not None and node.next_functions[-1][0] is None
+def frozen_last(node: Any) -> bool:
+    """The bias of bitsandbytes' layers is their last operand."""
+    return node.dtype_bias is not None and node.next_functions[-1][0] is None
+
+
+def linear_of_a_constant(node: Node) -> bool:
+    """A custom function that was taught as linear in all its operands."""
     taught = taught_operation(node)
     return taught is not None and taught.role == "linear" and taught.streams is None and any_without_graph(node, 0)
 
@@ -224,11 +228,19 @@ HIDES: dict[str, Callable[[Node], bool]] = {
 }
 
 
+HIDES_OF_CUSTOMS: dict[str, Callable[[Node], bool]] = {
+    "bitsandbytes.autograd._functions.MatMul4Bit": frozen_last,
+    "bitsandbytes.autograd._functions.MatMul8bitLt": frozen_last,
+}
+
+
 def hides(node: Node) -> bool:
     """Whether the node adds a constant that has no gradient, as far as its graph tells."""
     if noted(node, COUNTED):
         return False
-    shows = of_a_custom if is_custom(node) else HIDES.get(operation_name(node))
+    if is_custom(node):
+        return HIDES_OF_CUSTOMS.get(full_name(function_class(node)), linear_of_a_constant)(node)
+    shows = HIDES.get(operation_name(node))
     return shows is not None and shows(node)
 
 
