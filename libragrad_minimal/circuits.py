@@ -23,11 +23,12 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from .added_constants import precise
+from .block_tokens import standing_in, token_place, with_tokens
 from .engine import LIBRA, Rules, libra_grad
 from .families import Inputs, call, check_inputs, explains_picture_for_texts, name_of
 from .parts import Found, Place, find_places, visiting
 from .readout import chosen_rows, explained, kept_rows
-from .recording import Request, record, standing_in, token_place, with_tokens
+from .recording import Request, record
 from .streams import in_this_thread, removed
 
 Metric = Callable[[Tensor], Tensor]

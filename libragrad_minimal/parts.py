@@ -20,10 +20,12 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, Node
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from .attention_maps import find_attention
+from .block_tokens import token_place, with_tokens
 from .engine.nodes import Edge, edge_of, operation_name, result_shape
 from .families import name_of, plain
 from .layout import Axes
-from .recording import Recording, Request, find_attention, record, token_place, with_tokens
+from .recording import Recording, Request, record
 from .streams import below, dependents, find_streams, in_this_thread, removed, separators, stream_argument, topological
 
 SITES = ("attention", "mlp", "residual", "heads", "neurons")

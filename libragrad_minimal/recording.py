@@ -19,26 +19,25 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import Node, get_gradient_edge
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils._pytree import tree_map_only
 
 from .added_constants import Constant, ConstantShare, catch_shares, catch_tokens_first, constants_of, precise
+from .attention_maps import AttentionMap, caught_map_gradients, check_memory, find_attention
+from .block_tokens import argument, standing_in, token_place, with_argument, with_tokens
 from .engine import LIBRA, Rules, libra_grad, observed
-from .engine.nodes import OPERANDS, noted, operation_name
-from .families import Inputs, attention_heads, biases_in_sight, call, name_of
+from .engine.nodes import OPERANDS, noted
+from .families import Inputs, biases_in_sight, call, name_of
 from .layout import SURE, Axes, Layout, check_samples, coarsening, first_tokens, layer_axes, layout_of
+from .padding import padding_mask, valid_tokens
 from .readout import chosen_rows, explained, kept_rows, rows_of_answer
-from .room import free_memory
 from .streams import (
     Streams,
     candidates,
     dependents,
     find_streams,
     in_this_thread,
-    is_stream,
     named_blocks,
     removed,
     separators,
-    stream_argument,
     topological,
 )
 
@@ -65,50 +64,6 @@ class Request:
     readout: Any = None
     start: Any = None
     reads: frozenset[str] = frozenset({LAYERS})
-
-
-# ---- attention maps --------------------------------------------------------------------------------------------------
-
-RESHAPES = "View UnsafeView ReshapeAlias Expand Clone ToCopy Alias Unsqueeze Squeeze NativeDropout".split()
-
-
-class AttentionMap(NamedTuple):
-    """Where one attention map sits in the graph: the softmax, and the product that applies it to the values."""
-
-    softmax: Any  # a node; what it saved is no part of Node's type
-    product: Any
-    factor: int  # which operand of the product it is
-
-    def gradient(self, arriving: Tensor) -> Tensor:
-        """The map's gradient from the product's, whatever a rule makes of it there."""
-        if self.factor == 0:
-            return arriving @ self.product._saved_mat2.transpose(-1, -2)
-        return self.product._saved_self.transpose(-1, -2) @ arriving
-
-
-def find_attention(start: Node, stop: set[Node]) -> list[AttentionMap]:
-    """The attention maps in the graph from `start` down to the nodes in `stop`."""
-    consumers: dict[Node, tuple[Node, int]] = {}
-    seen, stack, softmaxes = set(stop), [start], []
-    while stack:
-        node = stack.pop()
-        if node in seen:
-            continue
-        seen.add(node)
-        if operation_name(node) in ("Softmax", "SafeSoftmax"):
-            softmaxes.append(node)
-        for i, (child, _) in enumerate(node.next_functions):
-            if child is not None:
-                consumers[child] = (node, i)
-                stack.append(child)
-    maps = []
-    for softmax in softmaxes:
-        node, factor = consumers[softmax]
-        while operation_name(node) in RESHAPES and node in consumers:
-            node, factor = consumers[node]
-        if operation_name(node) == "Bmm":
-            maps.append(AttentionMap(softmax, node, factor))
-    return maps
 
 
 # ---- the recording ---------------------------------------------------------------------------------------------------
@@ -447,22 +402,6 @@ def on_tokens(axes: Axes, chosen: Tensor, like: Tensor) -> Tensor:
 
 
 @contextlib.contextmanager
-def caught_map_gradients(maps: list[AttentionMap]) -> Iterator[dict[int, Tensor]]:
-    """Inside, a backward pass notes the gradient of each attention map, by its number, before any rule cuts it off."""
-    found: dict[int, Tensor] = {}
-
-    def catch(i: int, place: AttentionMap):
-        def hook(arriving):
-            if arriving[0] is not None:
-                found[i] = place.gradient(arriving[0])
-
-        return place.product.register_prehook(hook)
-
-    with removed(catch(i, place) for i, place in enumerate(maps)):
-        yield found
-
-
-@contextlib.contextmanager
 def gradients_given(given: Mapping[Tensor, Tensor]) -> Iterator[None]:
     """Inside, a backward pass goes on from each of these tensors with the given gradient, whatever arrives there."""
 
@@ -477,7 +416,6 @@ def gradients_given(given: Mapping[Tensor, Tensor]) -> Iterator[None]:
 # ---- the forward pass ------------------------------------------------------------------------------------------------
 
 
-NEXT_TO_NOTHING = 1e-10  # a logit less 100, which is 0 at last, is meant to hide
 ONE_AT_A_TIME = threading.RLock()  # which kernel attention takes, and whether compiled code runs, a process decides
 
 
@@ -538,35 +476,6 @@ def starting_module(model: nn.Module, start: Any) -> nn.Module:
     if len(modules) > 1:
         raise ValueError(f"start names one module, whose input are the tokens; got {len(modules)}")
     return modules[0]
-
-
-@contextlib.contextmanager
-def standing_in(blocks: Sequence[nn.Module], results: Sequence[Any], graph: bool = True) -> Iterator[None]:
-    """Inside, the blocks don't run: one after another they return these results, and after the last a graph begins."""
-    waiting = list(reversed(results))
-
-    def stand_in(block, *args, **kwargs):
-        if len(block._forward_hooks) == 1:
-            return waiting[-1]
-        return tree_map_only(Tensor, lambda tensor: tensor.detach().clone(), waiting[-1])
-
-    def hand_over(block, args, result):
-        if len(waiting) == 1 and graph:
-            torch.set_grad_enabled(True)
-        return waiting.pop()  # whatever a user's hooks made of the copy: they had their turn when the block ran
-
-    before = {block: vars(block).get("forward") for block in blocks}
-    try:
-        for block in before:
-            block.forward = partial(stand_in, block)
-        with removed(block.register_forward_hook(hand_over) for block in before):
-            yield
-    finally:
-        for block, own in before.items():
-            if own is None:
-                vars(block).pop("forward", None)
-            else:
-                block.forward = own
 
 
 @contextlib.contextmanager
@@ -669,7 +578,7 @@ class Passed:
         stream = [*self.stream, self.left[-1]]
         axes = [layer_axes(layout.axes, stream[0], h, layout.grid) for h in stream]
         samples, length = layout.axes.arrange(stream[0]).shape[:2]
-        device = output.device.type
+        mask, device = padding_mask(inputs, output, self.stream[0], layout), output.device.type
         return Recording(
             request=request,
             output=output,
@@ -677,7 +586,7 @@ class Passed:
             second=self.second[0] if self.second else None,
             layout=layout,
             axes=axes,
-            valid=valid_tokens(self.mask(inputs, output, layout), layout, samples, length).to(output.device),
+            valid=valid_tokens(mask, layout, samples, length).to(output.device),
             is_text=inputs.picture is None or inputs.text is not None,
             left=self.left,
             entered=self.entered,
@@ -687,22 +596,6 @@ class Passed:
             again=in_this_autocast(partial(record, request, self.changed), device),
             answer=in_this_autocast(answered, device),
         )
-
-    def mask(self, inputs: Inputs, output: Tensor, layout: Layout) -> Tensor | None:
-        """(B, parts), 0 at padding: the usual mask, else one of a name of its own.
-
-        Whether 0 or 1 is padding in the latter, the output tells, which doesn't feel padding at all.
-        """
-        if inputs.mask is not None:
-            return inputs.mask
-        own = list(own_masks(inputs))
-        if not own:
-            return None
-        (gradient,) = torch.autograd.grad(output.sum(), self.stream[0], retain_graph=True)
-        size = layout.pick(layout.axes.arrange(gradient).abs().amax(-1))
-        felt = size > NEXT_TO_NOTHING * size.amax()
-        sides = (side.to(felt.device) for mask in own for side in (mask, ~mask) if mask.shape == felt.shape)
-        return next((side for side in sides if felt[side].any() and not felt[~side].any()), None)
 
     def check(self, output: Tensor) -> None:
         """Did the blocks run, one after another, and does the output come from them?"""
@@ -745,75 +638,3 @@ def layout_at(request: Request, inputs: Inputs, blocks: tuple[nn.Module, ...], t
                 if first.shape == tokens.shape:
                     return layout_of(request.model, inputs, earlier, first)
     return layout_of(request.model, inputs, blocks, tokens)
-
-
-def argument(block: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Tensor:
-    place = stream_argument(args, kwargs)
-    if place is None:
-        raise ValueError(
-            f"{type(block).__name__} is given no tokens, no floating-point tensor of three dimensions: name other "
-            "blocks, blocks=[...]"
-        )
-    return args[place] if isinstance(place, int) else kwargs[place]
-
-
-def with_argument(given: Tensor, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
-    place = stream_argument(args, kwargs)
-    if isinstance(place, int):
-        return (*args[:place], given, *args[place + 1 :]), kwargs
-    assert place is not None
-    return args, {**kwargs, place: given}
-
-
-def token_place(result: Any, shape: torch.Size | None = None) -> int | None:
-    """Which part of what a block returned are its tokens: the first of the shape that it was given, else the first."""
-    parts = result if isinstance(result, tuple | list) else [result]
-    places = [i for i, part in enumerate(parts) if is_stream(part)]
-    return next((i for i in places if parts[i].shape == shape), places[0] if places else None)
-
-
-def with_tokens(result: Any, tokens: Tensor) -> Any:
-    """What a block returned, its tokens replaced."""
-    if isinstance(result, Tensor):
-        return tokens
-    place = token_place(result, tokens.shape)
-    return type(result)(tokens if i == place else part for i, part in enumerate(result))
-
-
-def own_masks(inputs: Inputs) -> Iterator[Tensor]:
-    """(B, parts), of the arguments that may tell of padding: of two values, zeros and ones or what is added to logits,
-    for each part or for pairs of them; or lengths."""
-    for tensor in inputs.tensors.values():
-        if tensor is inputs.main:
-            continue
-        if tensor.dim() in (3, 4) and inputs.words is not None and tensor.shape[-1] == inputs.words.shape[1]:
-            tensor = tensor.flatten(1, -2).amax(1)  # those that any other part sees
-        if tensor.dim() == 1 and not tensor.is_floating_point():
-            tensor = torch.arange(inputs.main.shape[1], device=tensor.device) < tensor[:, None]
-        if tensor.dim() == 2 and len(tensor.unique()) == 2:
-            yield tensor == tensor.amax()
-
-
-def valid_tokens(mask: Tensor | None, layout: Layout, samples: int, length: int) -> Tensor:
-    """(B, N): False at padding. Tokens that show no part of the text (a prompt's, a register) count."""
-    valid = torch.ones(samples, length, dtype=torch.bool)
-    if mask is None:
-        return valid
-    mask = mask.bool().cpu()
-    if layout.place is None:
-        return mask if mask.shape == valid.shape else valid
-    if layout.place.dim() == 1 and mask.shape[1] == len(layout.place):
-        valid[:, layout.place.cpu()] = mask
-    return valid
-
-
-def check_memory(model: nn.Module, tokens: Tensor, blocks: int) -> None:
-    """Methods that read attention maps keep one a block and head; better to say so than to be killed."""
-    length = tokens.shape[1] if tokens.dim() == 3 else tokens.shape[1] * tokens.shape[2]
-    needed = 2 * blocks * attention_heads(model) * tokens.shape[0] * length**2 * tokens.element_size()
-    free = free_memory(tokens.device)
-    if free is not None and needed > free:
-        raise ValueError(
-            f"a method that reads attention maps needs {needed / 1e9:.1f} GB for {blocks} blocks of {length} x "
-            f"{length} tokens, and {free / 1e9:.1f} GB are free; use FullGrad+ or IxG, which need no maps"
-        )

@@ -244,7 +244,7 @@ def test_memory_is_that_of_libra_grad(method):
 
 
 def test_maps_that_do_not_fit_into_memory_are_refused_before(monkeypatch):
-    monkeypatch.setattr("libragrad_minimal.recording.free_memory", lambda device: 10_000)
+    monkeypatch.setattr("libragrad_minimal.attention_maps.free_memory", lambda device: 10_000)
     with pytest.raises(ValueError, match="attention maps needs .* GB for 2 blocks of 9 x 9 tokens.*FullGrad"):
         attribute(text_model(), IDS, 3, "Attention Rollout")
     assert attribute(text_model(), IDS, 3).scores.isfinite().all()
