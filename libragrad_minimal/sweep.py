@@ -12,6 +12,7 @@ import csv
 import importlib.metadata
 import multiprocessing
 import os
+import signal
 import sys
 import time
 import warnings
@@ -326,10 +327,24 @@ def context(library: str) -> Any:
     return made
 
 
+@contextmanager
+def ctrl_c_later() -> Iterator[None]:
+    """Inside, Ctrl-C waits; processes that begin inside never hear of it: this one ends them."""
+    if not hasattr(signal, "pthread_sigmask"):  # on Windows
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def begun(processes: Any, library: str, name: str, bounds: Bounds) -> Run:
     ours, theirs = processes.Pipe(duplex=False)
     process = processes.Process(target=work, args=(library, name, bounds, theirs), daemon=True)
-    process.start()
+    with ctrl_c_later():
+        process.start()
     theirs.close()
     return Run(name, process, ours, time.monotonic() + bounds.seconds)
 
