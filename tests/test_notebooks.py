@@ -26,6 +26,7 @@ REPOSITORY = PROJECT["urls"]["repository"]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 NOTEBOOK_METADATA = {"accelerator", "colab", "kernelspec", "language_info"}
 CELL_METADATA = {"tags", "cellView", "jupyter"}
+WIDEST = 540  # pixels of a picture: 6.5 inches at 80 dots each, and what is written beside the axes
 
 
 def colab_badges(text: str) -> list[str]:
@@ -122,8 +123,13 @@ def page_problems(notebook: nbformat.NotebookNode) -> list[str]:
             if "image/png" in output.get("data", {}):
                 if not output.metadata.get("image/png", {}).get("alt"):
                     found.append(f"cell {cell.id} shows a picture without alt text: show(figure, alt) gives it one")
-                if Image.open(io.BytesIO(base64.b64decode(output.data["image/png"]))).mode != "P":
+                stored = Image.open(io.BytesIO(base64.b64decode(output.data["image/png"])))
+                if stored.mode != "P":
                     found.append(f"cell {cell.id} keeps a picture in more than 256 colours: show(figure, alt) does not")
+                if stored.width > WIDEST:
+                    found.append(
+                        f"cell {cell.id} shows {stored.width} pixels in a row: at {WIDEST} a phone can still be read"
+                    )
     text = "\n".join(cell.source for cell in notebook.cells if cell.cell_type == "markdown")
     code = "\n".join(cell.source for cell in notebook.cells if cell.cell_type == "code")
     minutes = len(text.split()) / 200 + len(code.split()) / 100
@@ -297,9 +303,9 @@ def break_wrapping(notebook):
     notebook.cells[2].source += "\n\n" + "word " * 40
 
 
-def picture(mode):
+def picture(mode, width=2):
     buffer = io.BytesIO()
-    Image.new(mode, (2, 2)).save(buffer, format="png")
+    Image.new(mode, (width, 2)).save(buffer, format="png")
     return base64.b64encode(buffer.getvalue()).decode()
 
 
@@ -312,6 +318,12 @@ def break_colours(notebook):
     notebook.cells[1].outputs = [
         nbformat.v4.new_output("display_data", {"image/png": picture("RGB")}, metadata=metadata)
     ]
+
+
+def break_width(notebook):
+    metadata = {"image/png": {"alt": "black"}}
+    wide = {"image/png": picture("P", 800)}
+    notebook.cells[1].outputs = [nbformat.v4.new_output("display_data", wide, metadata=metadata)]
 
 
 def break_time(notebook):
@@ -344,6 +356,7 @@ BREAKS = {
     break_wrapping: "over 120 characters",
     break_alt: "without alt text",
     break_colours: "256 colours",
+    break_width: "800 pixels",
     break_time: "says 20 minutes",
     break_size: "MB",
 }
