@@ -58,6 +58,9 @@ DEMO_KNOWS = {
 }
 
 
+METHOD_HELP = ", ".join(name for name in METHODS if not name.startswith(("IG ", "SmoothGrad ")))
+METHOD_HELP += "; or IG or SmoothGrad and the name of one that reads gradients"
+
 # ---- what is typed ---------------------------------------------------------------------------------------------------
 
 
@@ -72,7 +75,7 @@ class Method(click.ParamType):
         if typed in squeezed:
             return squeezed[typed]
         close = [squeezed[name] for name in get_close_matches(typed, squeezed)]
-        return self.fail(f"unknown method {value!r}; there are {', '.join(close or METHODS)}", param, ctx)
+        return self.fail(f"unknown method {value!r}; there are {', '.join(close) or METHOD_HELP}", param, ctx)
 
 
 class Several(click.ParamType):
@@ -145,10 +148,6 @@ class Asked:
         return list(zip(figures, scores, strict=True))
 
 
-METHOD_HELP = ", ".join(name for name in METHODS if not name.startswith(("IG ", "SmoothGrad ")))
-METHOD_HELP = f"One of {METHOD_HELP}; or IG or SmoothGrad and the name of one that reads gradients."
-
-
 def model_help(kind: str) -> str:
     if kind == "relevance":
         return f"A cross-encoder, by its hub's name or its folder.  [default: {MS_MARCO}]"
@@ -161,7 +160,7 @@ def model_help(kind: str) -> str:
 def explaining(kind: str, default_format: str, formats: Sequence[str], method: str = "FullGrad+") -> Callable:
     """The options that all explanations share; the command gets them as one `Asked`."""
     options = (
-        click.option("--method", type=Method(), default=method, show_default=True, help=METHOD_HELP),
+        click.option("--method", type=Method(), default=method, show_default=True, help=f"One of {METHOD_HELP}."),
         click.option("--rules", type=RULES, help="How gradients flow back.  [default: libra, for IG plain]"),
         click.option(
             "--model",

@@ -49,7 +49,9 @@ def on_page_content(html, page, config, files):
     for table in soup.find_all("table", class_=lambda name: not name or "dataframe" in name):
         table["class"] = "wide"
         for text in table.find_all(string=re.compile(" ± ")):
-            text.replace_with(text.replace(" ± ", "\u00a0±\u00a0"))  # a number and its error stay on one line
+            whole = text.replace(" ± ", "\u00a0±\u00a0")
+            whole = re.sub(r"(?<=\de)-(?=\d)", "\u2011", whole)
+            text.replace_with(whole)  # a number and its error stay on one line, and 1.7e-06 whole
     for text in soup.find_all(string=FORMULA):
         if not {tag.name for tag in text.parents} & {"code", "pre", "script", "style", "svg"}:
             text.replace_with(BeautifulSoup(with_formulas(str(text)), "html.parser"))

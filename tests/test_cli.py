@@ -207,7 +207,7 @@ def test_help_names_the_default_model_and_what_the_demo_knows(capsys):
     "arguments, message",
     [
         (["image", "nowhere.png"], "no file nowhere.png"),
-        (["image", "{scene}", "--method", "magic"], "unknown method"),
+        (["image", "{scene}", "--method", "magic"], "SmoothGrad, Random; or IG or SmoothGrad and the name of one"),
         (["image", "{scene}", "--method", "fulgrad+"], "there are FullGrad+"),
         (["image", "{scene}", "--rules", "magic"], "'magic' is not one of"),
         (["image", "{scene}", "-o", "out.txt"], "choose a name that ends in .png"),
