@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import io
 import sys
 from collections.abc import Callable, Sequence
@@ -214,6 +215,13 @@ def image(asked: Asked, photos: tuple[str, ...], classes: tuple[str, ...], **opt
     PHOTO is a file, a folder of pictures, or an address that begins with https://; several will do.
     """
     given = {name: value for name, value in options.items() if value is not None}
+    for name in given:
+        able = [method for method, function in METHODS.items() if name in inspect.signature(function).parameters]
+        if asked.method not in able:
+            whose = " and ".join(able)
+            raise ValueError(
+                f"--{name.replace('_', '-')} is for {whose}, not for {asked.method}: name one with --method"
+            )
 
     def prepare(loaded: LoadedModel) -> Callable[[Tensor], tuple[Attribution, list[str], list[int]]]:
         count = len(loaded.class_names or []) or loaded.model.num_classes

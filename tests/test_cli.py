@@ -218,7 +218,11 @@ def test_help_names_the_default_model_and_what_the_demo_knows(capsys):
         (["image", "{scene}", "--colormap", "RdBu_rr"], "'RdBu_rr'; it has RdBu_r"),
         (["image", "{scene}", *DEMO, "--class", "tabby"], "knows no class 'tabby': it knows "),
         (["image", "{scene}", *DEMO, "--class", "99"], "0..11"),
-        (["image", "{scene}", *DEMO, "--head-fusion", "max"], "FullGrad+ has no option head_fusion"),
+        (["image", "{scene}", "--head-fusion", "max"], "--head-fusion is for Attention Rollout, not for FullGrad+"),
+        (
+            ["image", "{scene}", "--discard-ratio", ".5"],
+            "Rollout and Gradient Attention Rollout, not for FullGrad+: name",
+        ),
         (["image", "{scene}", "--discard-ratio", "1"], "0<=x<1"),
         (["image", "{scene}", "{scene}", *DEMO, "-o", "out.png"], "name a folder"),
         (["image", "empty"], "holds no picture"),

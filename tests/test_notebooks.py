@@ -114,7 +114,7 @@ def text_problems(notebook: nbformat.NotebookNode, path: Path, root: Path) -> li
 def page_problems(notebook: nbformat.NotebookNode) -> list[str]:
     """What makes it hard to read, to see, or to compare with another version."""
     found = []
-    if numbered := [cell.id for cell in notebook.cells if re.fullmatch(r"[a-z]+-\d+", cell.get("id", ""))]:
+    if numbered := [cell.id for cell in notebook.cells if re.fullmatch(r"[a-z]+-\d+[a-z]?", cell.get("id", ""))]:
         found.append(f"cell ids that count, {numbered[:3]}: they clash when two people insert cells")
     if long := [line for cell in notebook.cells if cell.cell_type == "markdown" for line in unwrapped(cell.source)]:
         found.append(f"{len(long)} lines of text over 120 characters, such as {long[0][:60]!r}")
