@@ -148,6 +148,14 @@ def test_text_as_a_figure(tmp_path):
     assert Image.open(tmp_path / "out.png").width > 100
 
 
+def test_a_target_that_begins_with_half_a_character_is_named_by_its_word(tmp_path, capsys):
+    """The demo Llama's tokens are bytes where it doesn't know the letters."""
+    needs_demo("llama")
+    arguments = ("--target", "\u7ea2", "--against", "red", "-o", tmp_path / "out.html")
+    assert run("text", "Ben has a kite.", *DEMO, *arguments) == 0
+    assert "why the first bytes of '\u7ea2' and not ' red' (" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("family", VITS)
 def test_audit_prints_the_table(family, capsys):
     assert cli.main(["audit", family]) == 0
