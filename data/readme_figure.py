@@ -24,6 +24,7 @@ from libragrad_minimal.scenes import draw_scene
 
 FILE = Path(__file__).with_suffix(".png")
 SHEET = FILE.with_name("readme_methods.png")
+LINES, INDENT = 2.1, 13.0  # of a sentence: rows that it takes, and where it begins, in percent of the width
 SMALL = 112  # pixels of a picture in README's table
 RULES = {"plain": PLAIN, "Libra": LIBRA}
 Row = tuple[np.ndarray, list[tuple[str, dict[str, np.ndarray]]]]  # a picture; what was asked, and the maps by rules
@@ -62,34 +63,43 @@ def sentences() -> list[dict]:
 
 
 def draw_rows(part: SubFigure, title: str, rows: list[Row]) -> None:
+    """Each picture once, and beside it a line for each question: plain, Libra. Narrow, so that phones can show it."""
     part.suptitle(title, fontsize=11, x=0.01, ha="left", fontweight="bold")
-    grid = part.subplots(len(rows), 5, squeeze=False)
-    for axes, (picture, asked) in zip(grid, rows, strict=True):
-        axes[0].imshow(picture)
-        panels = [(name, how, maps[how]) for name, maps in asked for how in RULES]
-        for panel, (name, how, scores) in zip(axes[1:], panels, strict=True):
-            large = Image.fromarray(picture).resize((224, 224), Image.Resampling.BICUBIC)
-            panel.imshow(blended(np.asarray(large), scores))
-            panel.set_title(f"{name}: {how}", fontsize=10, parse_math=False)
-    for axes in grid.flat:
-        axes.set(xticks=[], yticks=[])
+    grid = part.add_gridspec(2 * len(rows), 3, width_ratios=[1.75, 1, 1])
+    for line, (picture, asked) in enumerate(rows):
+        panels = [(part.add_subplot(grid[2 * line : 2 * line + 2, 0]), picture)]
+        for question, (name, maps) in enumerate(asked):
+            for column, how in enumerate(RULES, 1):
+                large = Image.fromarray(picture).resize((224, 224), Image.Resampling.BICUBIC)
+                panels.append(
+                    (part.add_subplot(grid[2 * line + question, column]), blended(np.asarray(large), maps[how]))
+                )
+                if line == question == 0:
+                    panels[-1][0].set_title(how, fontsize=11)
+            panels[-2][0].set_ylabel(name, fontsize=10, parse_math=False)
+        for axes, shown in panels:
+            axes.imshow(shown)
+            axes.set(xticks=[], yticks=[])
 
 
 def draw_sentences(part: SubFigure, title: str, strips: list[dict]) -> None:
     part.suptitle(title, fontsize=11, x=0.01, ha="left", fontweight="bold")
     axes = part.subplots()
-    axes.set(xlim=(0, 100), ylim=(2.2 * len(strips) - 0.1, -0.2))
+    axes.set(xlim=(0, 100), ylim=(2 * LINES * len(strips), -0.2))
     axes.axis("off")
     for number, strip in enumerate(strips):
-        for line, how in enumerate(RULES):
-            at, row = 9.0, 2.2 * number + line
+        for order, how in enumerate(RULES):
+            at, row = INDENT, LINES * (2 * number + order)
             axes.text(0, row + 0.4, how, fontsize=10, va="center")
             for token, strength in zip(strip["tokens"], Strip(strip["tokens"], strip[how]).opacities(), strict=True):
                 colour = [channel / 255 for channel in (POSITIVE if strength >= 0 else NEGATIVE)]
                 shown = axes.text(at, row + 0.4, token.strip(), fontsize=10, va="center", parse_math=False)
                 shown.set_bbox({"facecolor": (*colour, STRONGEST * abs(strength)), "linewidth": 0, "pad": 2})
                 width = shown.get_window_extent().transformed(axes.transData.inverted()).width
-                at += width + 1.2
+                if at + width > 100:
+                    at, row = INDENT, row + 1
+                    shown.set_position((at, row + 0.4))
+                at += width + 1.6
             axes.text(at, row + 0.4, f"→ {strip['answer'].strip()}", fontsize=10, va="center", fontweight="bold")
 
 
@@ -114,19 +124,19 @@ def file_name(method: str) -> str:
 
 
 def draw_sheet(pictures: dict[str, np.ndarray]) -> None:
-    figure, grid = plt.subplots(4, 6, figsize=(9, 6.6), layout="constrained", facecolor="white")
+    figure, grid = plt.subplots(6, 4, figsize=(5.6, 9.3), layout="constrained", facecolor="white")
     for axes, (name, picture) in zip(grid.flat, pictures.items(), strict=False):
         axes.imshow(picture)
-        axes.set_title(name.replace("Gradient Attention", "Gradient"), fontsize=9)
+        axes.set_title(name.replace("Gradient Attention", "Gradient"), fontsize=10)
     for axes in grid.flat:
         axes.set(xticks=[], yticks=[], frame_on=False)
     figure.savefig(SHEET, dpi=100, pil_kwargs={"optimize": True})
 
 
 def main() -> None:
-    figure = plt.figure(figsize=(9, 9.6), layout="constrained", facecolor="white")
-    parts = figure.subfigures(3, 1, height_ratios=[4.1, 2.15, 2])
-    draw_rows(parts[0], "Which patches speak for the class? An ImageNet ViT on photographs", photographs())
+    figure = plt.figure(figsize=(5, 11), layout="constrained", facecolor="white")
+    parts = figure.subfigures(3, 1, height_ratios=[5.4, 2.95, 2.5])
+    draw_rows(parts[0], "Which patches speak for the class? An ImageNet ViT", photographs())
     draw_rows(parts[1], "Which patches does a sentence speak of? A small CLIP", prompts())
     draw_sentences(parts[2], "Which words made the model say this? SmolLM2-135M", sentences())
     figure.savefig(FILE, dpi=100, pil_kwargs={"optimize": True})

@@ -28,7 +28,7 @@ def main() -> None:
         for method in ("IxG", "FullGrad+")
     }
     names = [vit.class_names[target].split(",")[0] for target in targets]
-    heatmaps([collage.image] * 2, maps, names, size=1.3).savefig(FILE, dpi=100)
+    heatmaps([collage.image] * 2, maps, names, size=1.05).savefig(FILE, dpi=100)
     drawn = Image.open(FILE).convert("RGB")
     drawn.quantize(256, Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE).save(FILE, optimize=True)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import io
 import sys
 from collections.abc import Callable, Sequence
@@ -58,6 +59,9 @@ DEMO_KNOWS = {
 }
 
 
+METHOD_HELP = ", ".join(name for name in METHODS if not name.startswith(("IG ", "SmoothGrad ")))
+METHOD_HELP += "; or IG or SmoothGrad and the name of one that reads gradients"
+
 # ---- what is typed ---------------------------------------------------------------------------------------------------
 
 
@@ -72,7 +76,7 @@ class Method(click.ParamType):
         if typed in squeezed:
             return squeezed[typed]
         close = [squeezed[name] for name in get_close_matches(typed, squeezed)]
-        return self.fail(f"unknown method {value!r}; there are {', '.join(close or METHODS)}", param, ctx)
+        return self.fail(f"unknown method {value!r}; there are {', '.join(close) or METHOD_HELP}", param, ctx)
 
 
 class Several(click.ParamType):
@@ -145,10 +149,6 @@ class Asked:
         return list(zip(figures, scores, strict=True))
 
 
-METHOD_HELP = ", ".join(name for name in METHODS if not name.startswith(("IG ", "SmoothGrad ")))
-METHOD_HELP = f"One of {METHOD_HELP}; or IG or SmoothGrad and the name of one that reads gradients."
-
-
 def model_help(kind: str) -> str:
     if kind == "relevance":
         return f"A cross-encoder, by its hub's name or its folder.  [default: {MS_MARCO}]"
@@ -161,7 +161,7 @@ def model_help(kind: str) -> str:
 def explaining(kind: str, default_format: str, formats: Sequence[str], method: str = "FullGrad+") -> Callable:
     """The options that all explanations share; the command gets them as one `Asked`."""
     options = (
-        click.option("--method", type=Method(), default=method, show_default=True, help=METHOD_HELP),
+        click.option("--method", type=Method(), default=method, show_default=True, help=f"One of {METHOD_HELP}."),
         click.option("--rules", type=RULES, help="How gradients flow back.  [default: libra, for IG plain]"),
         click.option(
             "--model",
@@ -215,6 +215,13 @@ def image(asked: Asked, photos: tuple[str, ...], classes: tuple[str, ...], **opt
     PHOTO is a file, a folder of pictures, or an address that begins with https://; several will do.
     """
     given = {name: value for name, value in options.items() if value is not None}
+    for name in given:
+        able = [method for method, function in METHODS.items() if name in inspect.signature(function).parameters]
+        if asked.method not in able:
+            whose = " and ".join(able)
+            raise ValueError(
+                f"--{name.replace('_', '-')} is for {whose}, not for {asked.method}: name one with --method"
+            )
 
     def prepare(loaded: LoadedModel) -> Callable[[Tensor], tuple[Attribution, list[str], list[int]]]:
         count = len(loaded.class_names or []) or loaded.model.num_classes

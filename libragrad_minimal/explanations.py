@@ -62,11 +62,11 @@ def attribute_text(
             chosen = loaded.model(**inputs, logits_to_keep=1).logits[0, -1].argmax().item()
     else:
         chosen = find_token(loaded, target)
-    title = f"why {loaded.tokenizer.decode([chosen])!r}"
+    title = f"why {written(loaded, chosen, target)}"
     explained = chosen
     if against is not None:
         other = find_token(loaded, against)
-        title += f" and not {loaded.tokenizer.decode([other])!r}"
+        title += f" and not {written(loaded, other, against)}"
 
         def explained(logits):
             return logits[:, chosen] - logits[:, other]
@@ -85,6 +85,12 @@ def find_token(loaded: LoadedModel, word: str) -> int:
         if ids and ids[0] != loaded.tokenizer.unk_token_id and loaded.tokenizer.decode([ids[0]]).strip():
             return ids[0]
     raise ValueError(f"{loaded.name} has no token for {word!r}")
+
+
+def written(loaded: LoadedModel, token: int, word: str | None) -> str:
+    """A token in quotation marks; of one that is only part of a character, the word that it begins."""
+    text = loaded.tokenizer.decode([token])
+    return f"the first bytes of {word!r}" if word and "\ufffd" in text else repr(text)
 
 
 def rules_name(rules: Rules) -> str:

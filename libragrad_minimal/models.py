@@ -48,7 +48,8 @@ def load_demo(kind: str) -> LoadedModel:
 
     Args:
         kind: "vit", "clip" or "llama"; or another family of image models, which are of the kind "vit": "eva02",
-            "beitv2", "flexivit", "siglip", "clip_vit", "deit3", "mixer".
+            "beitv2", "flexivit", "siglip", "clip_vit", "deit3", "mixer"; or a smaller ViT: "vit_tiny", "vit_small",
+            "vit_base".
     Returns:
         The model in eval mode on the CPU, fp32. How it was trained stands in its card, data/demo_<kind>.md.
     Raises:

@@ -227,7 +227,7 @@ def heatmaps(
     figure, grid = plt.subplots(*shape, figsize=(size * shape[1], height), squeeze=False)
     for row, picture in enumerate(pictures):
         grid[row, 0].imshow(picture)
-        _name_row(grid[row, 0], row, row_titles)
+        _name_row(grid[row, 0], row, row_titles, size)
         for axes, maps in zip(grid[row, 1:], columns.values(), strict=True):
             axes.imshow(blended(np.asarray(picture), np.asarray(maps[row], dtype=float), look))
     for axes, title in zip(grid[0], titles, strict=True):
@@ -266,7 +266,7 @@ def prompt_maps(
         axes.set(xticks=[], yticks=[], frame_on=False)
     for row, (picture, titles, scores) in enumerate(zip(pictures, prompts, maps, strict=True)):
         grid[row, 0].imshow(picture)
-        _name_row(grid[row, 0], row, row_titles)
+        _name_row(grid[row, 0], row, row_titles, size)
         full = np.quantile(np.abs(np.asarray(scores)), 0.98) or 1
         for axes, title, one in zip(grid[row, 1:], titles, scores, strict=False):
             axes.imshow(blended(np.asarray(picture), np.asarray(one, dtype=float), LOOK, full))
@@ -283,13 +283,13 @@ def _entitle(axes: plt.Axes, title: str, size: float) -> None:
 
 
 def _wrapped(title: str, size: float) -> str:
-    """In lines that are no wider than a panel of `size` inches."""
-    text = shown(title)
-    return fill(text, int(14 * size) // max(map(columns_of, text), default=1))
+    """In lines that are no wider than a panel of `size` inches; a line break in the title begins a new one."""
+    lines = map(shown, title.split("\n"))
+    return "\n".join(fill(line, int(14 * size) // max(map(columns_of, line), default=1)) for line in lines)
 
 
-def _name_row(axes: plt.Axes, row: int, titles: Sequence[str]) -> None:
-    name = shown(titles[row]) if row < len(titles) else ""
+def _name_row(axes: plt.Axes, row: int, titles: Sequence[str], size: float) -> None:
+    name = _wrapped(titles[row], size) if row < len(titles) else ""
     axes.set_ylabel(name, parse_math=False, fontfamily=families_for(name))
 
 

@@ -12,6 +12,9 @@ ROOT = Path(__file__).resolve().parent.parent
 ELSEWHERE = "https://github.com/libragrad/libragrad-minimal/blob/main/"
 FORMULA = re.compile(r"\$\$(.+?)\$\$|\$(?!\s)([^$]+?)(?<!\s)\$", re.DOTALL)
 
+# A prime is a raised stroke in itself. Raised once more, as an exponent, it shrinks to a dot.
+PRIME = re.compile(r"<m(sub|)sup>(<mi>[^<]*</mi>)(<mi>[^<]*</mi>|)<mi>&#x02032;</mi></m\1sup>")
+
 
 def on_files(files, config):
     """README is the first page; notebooks and pictures keep their places, so that links between them hold."""
@@ -49,7 +52,9 @@ def on_page_content(html, page, config, files):
     for table in soup.find_all("table", class_=lambda name: not name or "dataframe" in name):
         table["class"] = "wide"
         for text in table.find_all(string=re.compile(" ± ")):
-            text.replace_with(text.replace(" ± ", "\u00a0±\u00a0"))  # a number and its error stay on one line
+            whole = text.replace(" ± ", "\u00a0±\u00a0")
+            whole = re.sub(r"(?<=\de)-(?=\d)", "\u2011", whole)
+            text.replace_with(whole)  # a number and its error stay on one line, and 1.7e-06 whole
     for text in soup.find_all(string=FORMULA):
         if not {tag.name for tag in text.parents} & {"code", "pre", "script", "style", "svg"}:
             text.replace_with(BeautifulSoup(with_formulas(str(text)), "html.parser"))
@@ -78,7 +83,10 @@ def on_post_page(output, page, config):
 def with_formulas(text):
     def mathml(found):
         formula = (found[1] or found[2]).replace("\\langle", "⟨").replace("\\rangle", "⟩")  # which it doesn't know
-        return convert(formula, display="block" if found[1] else "inline")
+        drawn = convert(formula, display="block" if found[1] else "inline")
+        return PRIME.sub(
+            lambda of: f"{of[1] and '<msub>'}<mrow>{of[2]}<mi>′</mi></mrow>{of[3]}{of[1] and '</msub>'}", drawn
+        )
 
     pieces, end = [], 0
     for found in FORMULA.finditer(text):

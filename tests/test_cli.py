@@ -148,6 +148,14 @@ def test_text_as_a_figure(tmp_path):
     assert Image.open(tmp_path / "out.png").width > 100
 
 
+def test_a_target_that_begins_with_half_a_character_is_named_by_its_word(tmp_path, capsys):
+    """The demo Llama's tokens are bytes where it doesn't know the letters."""
+    needs_demo("llama")
+    arguments = ("--target", "\u7ea2", "--against", "red", "-o", tmp_path / "out.html")
+    assert run("text", "Ben has a kite.", *DEMO, *arguments) == 0
+    assert "why the first bytes of '\u7ea2' and not ' red' (" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("family", VITS)
 def test_audit_prints_the_table(family, capsys):
     assert cli.main(["audit", family]) == 0
@@ -207,7 +215,7 @@ def test_help_names_the_default_model_and_what_the_demo_knows(capsys):
     "arguments, message",
     [
         (["image", "nowhere.png"], "no file nowhere.png"),
-        (["image", "{scene}", "--method", "magic"], "unknown method"),
+        (["image", "{scene}", "--method", "magic"], "SmoothGrad, Random; or IG or SmoothGrad and the name of one"),
         (["image", "{scene}", "--method", "fulgrad+"], "there are FullGrad+"),
         (["image", "{scene}", "--rules", "magic"], "'magic' is not one of"),
         (["image", "{scene}", "-o", "out.txt"], "choose a name that ends in .png"),
@@ -218,7 +226,11 @@ def test_help_names_the_default_model_and_what_the_demo_knows(capsys):
         (["image", "{scene}", "--colormap", "RdBu_rr"], "'RdBu_rr'; it has RdBu_r"),
         (["image", "{scene}", *DEMO, "--class", "tabby"], "knows no class 'tabby': it knows "),
         (["image", "{scene}", *DEMO, "--class", "99"], "0..11"),
-        (["image", "{scene}", *DEMO, "--head-fusion", "max"], "FullGrad+ has no option head_fusion"),
+        (["image", "{scene}", "--head-fusion", "max"], "--head-fusion is for Attention Rollout, not for FullGrad+"),
+        (
+            ["image", "{scene}", "--discard-ratio", ".5"],
+            "Rollout and Gradient Attention Rollout, not for FullGrad+: name",
+        ),
         (["image", "{scene}", "--discard-ratio", "1"], "0<=x<1"),
         (["image", "{scene}", "{scene}", *DEMO, "-o", "out.png"], "name a folder"),
         (["image", "empty"], "holds no picture"),

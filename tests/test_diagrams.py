@@ -6,8 +6,8 @@ from matplotlib.colors import to_hex
 from libragrad_minimal.diagrams import DIAGRAMS, GATE, STREAM, block_diagram
 
 GATES = {
-    "vit": {"softmax", "1 / std", "Φ of GELU"},
-    "llama": {"softmax", "1 / rms", "σ of SiLU"},
+    "vit": {"queries, keys", "softmax", "1 / std", "Φ of GELU"},
+    "llama": {"queries, keys", "softmax", "1 / rms", "σ of SiLU"},
     "clip": {r"1 / $\Vert e\Vert$", r"1 / $\Vert t\Vert$"},
 }
 

@@ -188,9 +188,9 @@ def test_places_keep_nodes_apart_and_links_forward(notebook):
     nodes = notebook.walk(y.grad_fn)
     place, chains = notebook.places(nodes)
     at = [place[point] for point in place]
-    assert all(abs(a[1] - b[1]) > 0.99 for i, a in enumerate(at) for b in at[:i] if a[0] == b[0])
+    assert all(abs(a[0] - b[0]) > 0.99 for i, a in enumerate(at) for b in at[:i] if a[1] == b[1])
     assert {(chain[0], chain[-1]) for chain in chains} == set(notebook.links(nodes))
-    assert all(place[b][0] - place[a][0] == 1 for chain in chains for a, b in zip(chain, chain[1:], strict=False))
+    assert all(place[b][1] - place[a][1] == 1 for chain in chains for a, b in zip(chain, chain[1:], strict=False))
 
 
 # --- the models of the tour ---

@@ -27,6 +27,7 @@ NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 NOTEBOOK_METADATA = {"accelerator", "colab", "kernelspec", "language_info"}
 CELL_METADATA = {"tags", "cellView", "jupyter"}
 ROUNDED = r'base64,|title="[+-][\d.]+e-'  # in HTML, what the next version of a package may round otherwise
+WIDEST = 540  # pixels of a picture: 6.5 inches at 80 dots each, and what is written beside the axes
 
 
 def colab_badges(text: str) -> list[str]:
@@ -114,7 +115,7 @@ def text_problems(notebook: nbformat.NotebookNode, path: Path, root: Path) -> li
 def page_problems(notebook: nbformat.NotebookNode) -> list[str]:
     """What makes it hard to read, to see, or to compare with another version."""
     found = []
-    if numbered := [cell.id for cell in notebook.cells if re.fullmatch(r"[a-z]+-\d+", cell.get("id", ""))]:
+    if numbered := [cell.id for cell in notebook.cells if re.fullmatch(r"[a-z]+-\d+[a-z]?", cell.get("id", ""))]:
         found.append(f"cell ids that count, {numbered[:3]}: they clash when two people insert cells")
     if long := [line for cell in notebook.cells if cell.cell_type == "markdown" for line in unwrapped(cell.source)]:
         found.append(f"{len(long)} lines of text over 120 characters, such as {long[0][:60]!r}")
@@ -123,11 +124,16 @@ def page_problems(notebook: nbformat.NotebookNode) -> list[str]:
             if "image/png" in output.get("data", {}):
                 if not output.metadata.get("image/png", {}).get("alt"):
                     found.append(f"cell {cell.id} shows a picture without alt text: show(figure, alt) gives it one")
-                if Image.open(io.BytesIO(base64.b64decode(output.data["image/png"]))).mode != "P":
+                stored = Image.open(io.BytesIO(base64.b64decode(output.data["image/png"])))
+                if stored.mode != "P":
                     found.append(f"cell {cell.id} keeps a picture in more than 256 colours: show(figure, alt) does not")
             page = output.get("data", {}).get("text/html", "")
             if re.search(ROUNDED, page) and "# NBVAL_IGNORE_OUTPUT\n" not in cell.source:
                 found.append(f"cell {cell.id} compares pixels or rounding in its HTML: # NBVAL_IGNORE_OUTPUT")
+                if stored.width > WIDEST:
+                    found.append(
+                        f"cell {cell.id} shows {stored.width} pixels in a row: at {WIDEST} a phone can still be read"
+                    )
     text = "\n".join(cell.source for cell in notebook.cells if cell.cell_type == "markdown")
     code = "\n".join(cell.source for cell in notebook.cells if cell.cell_type == "code")
     minutes = len(text.split()) / 200 + len(code.split()) / 100
@@ -301,9 +307,9 @@ def break_wrapping(notebook):
     notebook.cells[2].source += "\n\n" + "word " * 40
 
 
-def picture(mode):
+def picture(mode, width=2):
     buffer = io.BytesIO()
-    Image.new(mode, (2, 2)).save(buffer, format="png")
+    Image.new(mode, (width, 2)).save(buffer, format="png")
     return base64.b64encode(buffer.getvalue()).decode()
 
 
@@ -321,6 +327,12 @@ def break_colours(notebook):
 def break_pixels(notebook):
     page = '<img src="data:image/png;base64,AAAA">'
     notebook.cells[1].outputs = [nbformat.v4.new_output("display_data", {"text/html": page})]
+
+
+def break_width(notebook):
+    metadata = {"image/png": {"alt": "black"}}
+    wide = {"image/png": picture("P", 800)}
+    notebook.cells[1].outputs = [nbformat.v4.new_output("display_data", wide, metadata=metadata)]
 
 
 def break_time(notebook):
@@ -354,6 +366,7 @@ BREAKS = {
     break_alt: "without alt text",
     break_colours: "256 colours",
     break_pixels: "compares pixels",
+    break_width: "800 pixels",
     break_time: "says 20 minutes",
     break_size: "MB",
 }

@@ -23,15 +23,16 @@ def encoded(picture: Image.Image, kind: str = "PNG", **options) -> bytes:
     return buffer.getvalue()
 
 
+def png(header: bytes, pixels: bytes, *others: tuple[bytes, bytes]) -> bytes:
+    """A PNG by its chunks: the header's content, what is to be packed, and others in between by name and content."""
+    chunks = [(b"IHDR", header), *others, (b"IDAT", zlib.compress(pixels)), (b"IEND", b"")]
+    told = [struct.pack(">I", len(c)) + n + c + struct.pack(">I", zlib.crc32(n + c)) for n, c in chunks]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(told)
+
+
 def bomb(side: int) -> bytes:
     """A PNG of a few bytes that claims `side` x `side` pixels."""
-
-    def chunk(name: bytes, content: bytes) -> bytes:
-        return struct.pack(">I", len(content)) + name + content + struct.pack(">I", zlib.crc32(name + content))
-
-    header = struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0)
-    end = chunk(b"IEND", b"")
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(bytes(1000))) + end
+    return png(struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0), bytes(1000))
 
 
 @pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP", "BMP", "TIFF"])
@@ -58,6 +59,18 @@ def test_sixteen_bits_keep_their_shades():
     ramp = np.linspace(0, 65535, 64).astype(np.uint16).reshape(8, 8)
     opened = np.asarray(open_picture(encoded(Image.fromarray(ramp))))[..., 0]
     assert np.abs(opened.astype(float) - ramp / 257).max() <= 1
+
+
+@pytest.mark.parametrize("bits", [5, 6])
+@pytest.mark.parametrize("filled", ["with zeros", "with the upper bits again"])
+def test_a_png_that_declares_fewer_bits_goes_from_black_to_white(bits, filled):
+    """The PNG specification (sBIT): numbers of few bits are stored scaled to eight, the low bits filled either way."""
+    few = np.arange(2**bits, dtype=np.uint8)
+    stored = few << (8 - bits) if filled == "with zeros" else few << (8 - bits) | few >> (2 * bits - 8)
+    rows = b"".join(b"\0" + stored.tobytes() for _ in range(8))
+    header = struct.pack(">IIBBBBB", len(few), 8, 8, 0, 0, 0, 0)
+    shades = np.asarray(open_picture(png(header, rows, (b"sBIT", bytes([bits])))))[0, :, 0].astype(int)
+    assert np.abs(shades - np.linspace(0, 255, 2**bits)).max() < 2 ** (8 - bits)
 
 
 def test_transparent_parts_are_white():

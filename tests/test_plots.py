@@ -1,6 +1,7 @@
 """Strips: what is escaped, muted, coloured, and what a browser makes of it. Heatmaps: sign, strength and place."""
 
 import io
+import itertools
 import re
 import shutil
 import subprocess
@@ -13,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from libragrad_minimal.plots import NEGATIVE, POSITIVE, STRONGEST, Strip, TokenStrips, heatmaps, visible
+from libragrad_minimal.plots import NEGATIVE, POSITIVE, STRONGEST, Strip, TokenStrips, heatmaps, prompt_maps, visible
 
 # ---- strips ----------------------------------------------------------------------------------------------------------
 
@@ -244,6 +245,26 @@ def test_rows_and_titles():
     file = io.BytesIO()
     figure.savefig(file)
     assert Image.open(file).size[0] > 100
+
+
+@pytest.mark.parametrize("draw", ["heatmaps", "prompt_maps"])
+def test_a_rows_name_keeps_its_line_breaks_and_stays_beside_its_row(draw):
+    names = ["umbrella\nplain", "a name that is longer than its row is high", "turned \u202e around"]
+    if draw == "heatmaps":
+        figure = heatmaps([PICTURE] * 3, {"map": torch.zeros(3, 4, 4)}, names, size=1)
+    else:
+        figure = prompt_maps([PICTURE] * 3, [["map"]] * 3, [torch.zeros(1, 4, 4)] * 3, names, size=1)
+    figure.draw_without_rendering()
+    first = [figure.axes[i] for i in (0, 2, 4)]
+    assert [" ".join(axes.get_ylabel().split()) for axes in first] == [
+        "umbrella plain",
+        names[1],
+        "turned [U+202E] around",
+    ]
+    assert first[0].get_ylabel() == names[0]
+    boxes = [axes.yaxis.label.get_window_extent() for axes in first]
+    assert all(above.y0 > below.y1 for above, below in itertools.pairwise(boxes)), "names lie over one another"
+    assert all(box.x0 >= 0 for box in boxes), "names are cut"
 
 
 def test_a_column_of_the_wrong_length_is_named():

@@ -98,6 +98,8 @@ def test_formulas_are_set_without_a_script(site):
             code.decompose()
         for math in page.find_all("math"):
             assert "merror" not in str(math) and "\\" not in math.get_text(), math.get_text()
+            raised = [part.get_text() for part in math.select("msup > :last-child, msubsup > :last-child")]
+            assert "′" not in raised, f"a prime that shrinks to a dot: {math.get_text()}"
             math.decompose()
         assert "$" not in page.get_text().replace("\\$", ""), name
 

@@ -165,6 +165,14 @@ def test_one_of_several_sizes_is_judged(tmp_path):
     assert (second["attribute"], second["engine_detail"]) == ("", "is vit_tiny_patch16_224 but for its sizes")
 
 
+def test_a_size_that_is_too_large_does_not_speak_for_the_others(tmp_path):
+    path = tmp_path / "table.csv"
+    sweep("timm", ["vit_5b_patch16_sapiens2", "vit_base_patch16_sapiens2"], path)
+    first, second = read(path)
+    assert first["engine_detail"] == "has 5067 million parameters"
+    assert (second["engine"], second["attribute"]) == ("complete", "complete")
+
+
 # ---- does it find what is wrong? -------------------------------------------------------------------------------------
 
 
