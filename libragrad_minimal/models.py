@@ -336,7 +336,7 @@ def token_texts(tokenizer: Any, ids: list[int] | Tensor) -> list[str]:
 
 def _text_of(token: str, alone: str) -> str:
     """A token's text, of what it is decoded to by itself, which may lack a leading space: that of SentencePiece, marked
-    with U+2581, and in transformers 5.0 to 5.15 that of a Llama from a .gguf file, whose mark is U+0120."""
+    with U+2581, and in transformers 5.1 to 5.15 that of a Llama from a .gguf file, whose mark is U+0120."""
     mark = token[:1]
     if mark not in ("\u2581", "\u0120") or alone.startswith(mark):
         return alone
