@@ -54,6 +54,9 @@ def sizes(width: int, depth: int, heads: int) -> dict[str, int]:
 SMALL = sizes(96, 4, 3)
 RECIPES = {
     "vit": Recipe(sizes(128, 5, 4), 6600, 600, 500, 1e-3, muon=False),
+    "vit_tiny": Recipe(sizes(48, 3, 3), 1600),
+    "vit_small": Recipe(sizes(64, 4, 4), 1200),
+    "vit_base": Recipe(SMALL, 1000),
     "eva02": Recipe(SMALL),
     "beitv2": Recipe(SMALL, 1000),
     "flexivit": Recipe(SMALL, 1100, other_patch=16),

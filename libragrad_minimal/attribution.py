@@ -17,6 +17,7 @@ from .families import Inputs, check_inputs, explains_picture_for_texts, name_of
 from .methods import METHODS, check_method, default_rules, reads_of
 from .readout import check_target, checked_readout
 from .recording import MAPS, Recording, Request, record, without_autocast
+from .room import NoRoom, or_else
 from .scores import second_scores
 from .streams import find_streams, told
 
@@ -87,7 +88,8 @@ def attribute(
     Returns:
         An Attribution. Warns where a method that promises completeness misses the output by more than 0.1 %.
     Raises:
-        ValueError: a model, input, target, method or option that doesn't fit; UnsupportedOperation as libra_grad.
+        ValueError: a model, input, target, method or option that doesn't fit; UnsupportedOperation as libra_grad;
+            torch.OutOfMemoryError where there isn't enough memory, with what to do.
     """
     check_method(method, options)
     methods = {method: options}
@@ -125,16 +127,19 @@ def attribute_many(
     check_target(target)
     readout = checked_readout(readout)
     asked = Inputs(inputs, about_picture=explains_picture_for_texts(model))
-    warn_of_ways_past(model, asked, blocks)
     names_by_rules: dict[Rules, list[str]] = {}
     for name in methods:
         names_by_rules.setdefault(default_rules(name) if rules is None else rules, []).append(name)
     results: dict[str, Attribution] = {}
-    for chosen, names in names_by_rules.items():
-        reads = frozenset().union(*map(reads_of, names))
-        run = record(Request(model, asked, target, chosen, blocks, readout, start, reads))
-        for name in names:
-            results[name] = attribution(run, name, methods[name])
+    what = f"{', '.join(methods)} for {asked.samples} sample{'s' * (asked.samples > 1)} at once"
+    fewer = "give fewer at once, shorter texts or smaller pictures, or a smaller model"
+    with or_else(NoRoom(f"there isn't enough memory to compute {what}: {fewer}")):
+        warn_of_ways_past(model, asked, blocks)
+        for chosen, names in names_by_rules.items():
+            reads = frozenset().union(*map(reads_of, names))
+            run = record(Request(model, asked, target, chosen, blocks, readout, start, reads))
+            for name in names:
+                results[name] = attribution(run, name, methods[name])
     return {name: results[name] for name in methods}
 
 

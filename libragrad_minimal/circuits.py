@@ -23,9 +23,10 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from .added_constants import precise
+from .beginnings import Memory, memory_of
 from .block_tokens import standing_in, token_place, with_tokens
 from .engine import LIBRA, Rules, libra_grad
-from .families import Inputs, call, check_inputs, explains_picture_for_texts, name_of
+from .families import TOKEN_IDS, Inputs, call, check_inputs, explains_picture_for_texts, name_of
 from .parts import Found, Place, find_places, visiting
 from .readout import chosen_rows, explained, kept_rows
 from .recording import Request, record
@@ -33,6 +34,7 @@ from .streams import in_this_thread, removed
 
 Metric = Callable[[Tensor], Tensor]
 TOKENS_AT_ONCE = 2048  # of all copies of a prompt that run side by side; bounds the memory
+WORTH_A_RUN = 256  # tokens: fewer take hardly less time
 SAME = 1e-3  # how far the answers to one prompt, alone and beside others, may lie apart; half precision rounds more
 
 
@@ -85,10 +87,9 @@ def patching(
     effect = torch.zeros(asked.shape)
     if only is not None:
         effect[~only.reshape(asked.shape).cpu()] = torch.nan
-    rows = max(1, TOKENS_AT_ONCE // asked.shape[1])
     with tqdm(total=int(asked.sum()), desc=f"patching {sites}", leave=False, disable=None) as bar:
         for layer in asked.flatten(1).any(1).nonzero().flatten().tolist():
-            for some in asked[layer].nonzero().split(rows):
+            for some in in_runs(asked[layer].nonzero(), asked.shape[1], pair.memory is not None):
                 mask = torch.zeros(len(some), *asked.shape[1:], dtype=torch.bool)
                 mask[torch.arange(len(some)), some[:, 0], some[:, 1]] = True
                 change = pair.answers([(site, {layer: mask})], len(some)) - pair.clean
@@ -214,6 +215,7 @@ class Pair:
         self.model, self.metric = model, metric
         self.inputs, self.other = Inputs(clean, explains_picture_for_texts(model)), Inputs(corrupt)
         self.returned: list[Any] = []  # by each block, on the clean prompt; empty if blocks can't be left out
+        self.memory: Memory | None = None  # of the clean prompt; None if its beginning can't be left out
 
     def request(self, rules: Rules = LIBRA) -> Request:
         return Request(self.model, self.inputs, self.measured, rules, readout="last")
@@ -236,6 +238,7 @@ class Pair:
     def site(self, sites: str) -> Site:
         """With its values on both prompts, checked: a run beside others answers as it does alone."""
         found = self.find(sites)
+        self.memory = None
         with noted_results(found.blocks) as self.returned:
             self.clean, clean = self.values(self.inputs, found.places)
         self.corrupt, corrupt = self.values(self.other, found.places)
@@ -247,6 +250,7 @@ class Pair:
                     f"{name_of(self.model)} answers otherwise to a prompt that runs beside another one: its samples "
                     "mix, and parts can't be patched side by side"
                 )
+        self.memory = self.checked_memory(site)
         return site
 
     def values(self, inputs: Inputs, places: Sequence[Place]) -> tuple[float, list[Tensor]]:
@@ -270,21 +274,29 @@ class Pair:
             return explained(self.model, answer, self.measured, "last", rows, inputs.samples).cpu().double()
 
     def answers(self, chosen: Sequence[tuple[Site, Mapping[int, Tensor]]], rows: int) -> Tensor:
-        """(rows,) the metric on the clean prompt, patched where masks (rows, positions, groups) of layers say so."""
+        """(rows,) the metric on the clean prompt, patched where masks (rows, positions, groups) of layers say so.
+        Blocks before the first of these layers, and tokens before the first of the positions, are left out."""
         layers = [layer for _, masks in chosen for layer in masks]
         unchanged = self.returned[: min(layers, default=0)]
+        inputs, start = side_by_side(self.inputs, rows), 0
+        if self.memory is not None:
+            marked = [mask.any(0).any(-1) for _, masks in chosen for mask in masks.values()]
+            start = min((int(mask.int().argmax()) for mask in marked), default=0)
+            inputs = self.memory.rest(self.inputs, start, rows)
         with contextlib.ExitStack() as stack:
             for site, masks in chosen:
                 places = {layer: site.places[layer] for layer in masks}
                 stack.enter_context(visiting(places, partial(self.patched, site, masks)))
-            results = [self.repeated(result, rows) for result in unchanged]
+            results = [self.repeated(result, rows, start) for result in unchanged]
             stack.enter_context(standing_in(self.blocks[: len(results)], results, graph=False))
-            return self.run(side_by_side(self.inputs, rows))
+            return self.run(inputs)
 
     def patched(self, site: Site, masks: Mapping[int, Tensor], layer: int, tensor: Tensor) -> Tensor:
         changed = tensor.clone()
         values = self.by_group(changed, len(masks[layer]), site.places[layer])
-        values.copy_(torch.where(masks[layer].to(values.device)[..., None], site.corrupt[layer], values))
+        rest = values.shape[1]  # of the positions, if a beginning was left out
+        mask = masks[layer][:, -rest:, :, None].to(values.device)
+        values.copy_(torch.where(mask, site.corrupt[layer][-rest:], values))
         return changed
 
     def by_group(self, tensor: Tensor, rows: int, place: Place) -> Tensor:
@@ -292,9 +304,11 @@ class Pair:
         by_row = tensor.unflatten(0, (rows, -1)) if tensor.dim() == 2 else self.axes.arrange(tensor)
         return by_row.unflatten(-1, (place.groups, -1))
 
-    def repeated(self, result: Any, rows: int) -> Any:
-        """What a block returned for the clean prompt, for many of them."""
+    def repeated(self, result: Any, rows: int, start: int) -> Any:
+        """What a block returned for the clean prompt from a token on, for many of them."""
         tokens = result if isinstance(result, Tensor) else result[token_place(result)]
+        if start:
+            tokens = tokens.narrow(self.axes.tokens[0], start, tokens.shape[self.axes.tokens[0]] - start)
         many = tokens.repeat_interleave(rows, dim=self.axes.batch)
         return many if isinstance(result, Tensor) else with_tokens(result, many)
 
@@ -310,6 +324,38 @@ class Pair:
                 return False
             raise
         return math.isclose(answer, self.clean, rel_tol=SAME, abs_tol=SAME)
+
+    def checked_memory(self, site: Site) -> Memory | None:
+        """Of the clean prompt: if its first half is the same whatever follows, and runs that leave it out answer as
+        those that don't, patched or not."""
+        half = site.differs.shape[1] // 2
+        memory = memory_of(self.model, self.inputs)
+        if memory is None or self.inputs.tensors[TOKEN_IDS].shape[1] != site.differs.shape[1]:
+            return None
+        _, alone = self.values(Inputs({TOKEN_IDS: self.inputs.tensors[TOKEN_IDS][:, :half]}), site.places)
+        if (alone[-1] - site.clean[-1][:half]).norm() > SAME * alone[-1].norm():
+            return None
+        mask = torch.zeros(2, *site.differs.shape[1:], dtype=torch.bool)
+        mask[1, half:] = True
+        whole = self.answers([(site, {0: mask})], 2)
+        self.memory = memory
+        try:
+            rest = self.answers([(site, {0: mask})], 2)
+        except ValueError:  # a memory that can't be cut, or that the model doesn't take
+            return None
+        finally:
+            self.memory = None
+        return memory if torch.allclose(rest, whole, rtol=SAME, atol=SAME) else None
+
+
+def in_runs(parts: Tensor, positions: int, beginnings: bool) -> Iterator[Tensor]:
+    """Parts of a layer (N, 2), position and group, cut into those that run side by side. What lies before all parts of
+    a run is left out where `beginnings` can be: so each has parts that lie near each other."""
+    near = max(1, positions // 8, WORTH_A_RUN // positions) if beginnings else positions
+    for eighth in (parts[:, 0] // near).unique():
+        some = parts[parts[:, 0] // near == eighth]
+        length = positions - int(some[0, 0]) if beginnings else positions
+        yield from some.split(max(1, TOKENS_AT_ONCE // length))
 
 
 def check_alike(clean: Any, corrupt: Any) -> None:

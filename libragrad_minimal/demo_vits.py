@@ -14,7 +14,7 @@ SIDE = 64  # pixels, of what the demo models see
 
 # as in timm's eva02_base, beitv2_base, flexivit_small, vit_base_patch16_siglip, vit_base_patch16_clip_quickgelu and
 # deit3_small, but for a LayerScale that begins at 0.1: from their 1e-5 and 1e-6 it takes more steps than a demo has
-VITS: dict[str, tuple[str, dict[str, Any]]] = {
+FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "vit": ("VisionTransformer", {}),
     "eva02": (
         "Eva",
@@ -30,6 +30,8 @@ VITS: dict[str, tuple[str, dict[str, Any]]] = {
     "deit3": ("VisionTransformer", {"no_embed_class": True, "init_values": 0.1}),
     "mixer": ("MlpMixer", {}),
 }
+SIZES = ("vit_tiny", "vit_small", "vit_base", "vit")  # the same ViT, from small to large
+VITS = FAMILIES | {name: FAMILIES["vit"] for name in SIZES}
 
 
 def build(name: str, sizes: dict[str, int]) -> nn.Module:

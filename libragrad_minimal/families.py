@@ -23,7 +23,8 @@ TOKEN_IDS = "input_ids"
 EMBEDDINGS = "inputs_embeds"
 ANSWERS = ("logits", "logits_per_image", "prediction_logits", "pred_logits")
 EMBEDDED = ("image_embeds", "text_embeds", "pooler_output")  # one vector a sample, of a tower without a head
-REMEMBERED = ("past_key_values", "past_key_value", "cache_params", "past_buckets_states", "mems")  # of earlier calls
+CACHES = ("cache", "past_key_values")  # of keys and values, as transformers names them since 5.24 and before
+REMEMBERED = (*CACHES, "past_key_value", "cache_params", "past_buckets_states", "mems")  # of earlier calls
 STREAM_ARGUMENTS = ("hidden_states", "x", "src", "input", "inputs")
 
 

@@ -48,7 +48,8 @@ def load_demo(kind: str) -> LoadedModel:
 
     Args:
         kind: "vit", "clip" or "llama"; or another family of image models, which are of the kind "vit": "eva02",
-            "beitv2", "flexivit", "siglip", "clip_vit", "deit3", "mixer".
+            "beitv2", "flexivit", "siglip", "clip_vit", "deit3", "mixer"; or a smaller ViT: "vit_tiny", "vit_small",
+            "vit_base".
     Returns:
         The model in eval mode on the CPU, fp32. How it was trained stands in its card, data/demo_<kind>.md.
     Raises:
@@ -330,12 +331,16 @@ def token_texts(tokenizer: Any, ids: list[int] | Tensor) -> list[str]:
         replacement character.
     """
     tokens = tokenizer.convert_ids_to_tokens(torch.as_tensor(ids).tolist())
-    # SentencePiece marks a leading space with U+2581 and drops it when a token is decoded alone
-    texts = [tokenizer.convert_tokens_to_string([token]) for token in tokens]
-    return [
-        " " + text.lstrip(" ") if token.startswith("\u2581") else text
-        for token, text in zip(tokens, texts, strict=True)
-    ]
+    return [_text_of(token, tokenizer.convert_tokens_to_string([token])) for token in tokens]
+
+
+def _text_of(token: str, alone: str) -> str:
+    """A token's text, of what it is decoded to by itself, which may lack a leading space: that of SentencePiece, marked
+    with U+2581, and in transformers 5.0 to 5.15 that of a Llama from a .gguf file, whose mark is U+0120."""
+    mark = token[:1]
+    if mark not in ("\u2581", "\u0120") or alone.startswith(mark):
+        return alone
+    return " " * (len(token) - len(token.lstrip(mark))) + alone.lstrip(" ")
 
 
 # ---- CLIP (open_clip) ----

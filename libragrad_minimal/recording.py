@@ -531,6 +531,7 @@ class Passed:
         self.stream.append(self.begin(h.clone() if shared else h))
         self.versions.append(self.stream[-1]._version)
         if shared:
+            as_if_made_here(h)
             h.copy_(self.stream[-1])  # whoever else holds this tensor takes part in the graph, too
         return self.stream[-1].clone()
 
@@ -625,6 +626,14 @@ def is_own_memory(h: Tensor, model: nn.Module) -> bool:
         return False
     held = (tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers()))
     return h.untyped_storage().data_ptr() not in set(held)
+
+
+def as_if_made_here(h: Tensor) -> None:
+    """A view that was made without a graph, before the first block, may be written to like one that has been made with
+    a graph: autograd forbids it since it can't know which of the two is meant."""
+    if h._is_view():
+        autograd = torch._C._autograd
+        autograd._set_creation_meta(h, autograd.CreationMeta.DEFAULT)
 
 
 def layout_at(request: Request, inputs: Inputs, blocks: tuple[nn.Module, ...], tokens: Tensor) -> Layout:

@@ -1,4 +1,4 @@
-"""Is there room for a model? Said before it is downloaded, with a smaller one to take where there is none."""
+"""Is there room for a model, and for explaining it? Where there is none, one sentence says what to do instead."""
 
 from __future__ import annotations
 
@@ -82,8 +82,27 @@ def announce(name: str, repository: str, weights: str = "*.safetensors") -> None
     print(line, file=sys.stderr)
 
 
-def no_room(kind: str, name: str, why: str) -> torch.OutOfMemoryError:
-    return torch.OutOfMemoryError(f"{name} doesn't fit: {why}; the next smaller choice is {smaller_than(kind, name)}")
+class NoRoom(torch.OutOfMemoryError):
+    """There isn't enough memory; its message is one sentence with what to do."""
+
+
+def no_room(kind: str, name: str, why: str) -> NoRoom:
+    return NoRoom(f"{name} doesn't fit: {why}; the next smaller choice is {smaller_than(kind, name)}")
+
+
+@contextmanager
+def or_else(refusal: NoRoom) -> Iterator[None]:
+    """Where the memory doesn't suffice inside, this is raised in place of what PyTorch and Python say."""
+    try:
+        yield
+    except NoRoom:
+        raise
+    except (torch.OutOfMemoryError, MemoryError) as error:
+        raise refusal from error
+    except RuntimeError as error:
+        if "allocate memory" not in str(error):  # what PyTorch's allocator on the CPU says
+            raise
+        raise refusal from error
 
 
 @contextmanager
@@ -92,15 +111,8 @@ def or_a_smaller_one(kind: str, name: str) -> Iterator[None]:
     from huggingface_hub.errors import HfHubHTTPError
 
     try:
-        yield
-    except (torch.OutOfMemoryError, MemoryError) as error:
-        if "smaller choice" in str(error):
-            raise
-        raise no_room(kind, name, "there isn't enough memory") from error
-    except RuntimeError as error:
-        if "allocate memory" not in str(error):  # what PyTorch's allocator on the CPU says
-            raise
-        raise no_room(kind, name, "there isn't enough memory") from error
+        with or_else(no_room(kind, name, "there isn't enough memory")):
+            yield
     except OSError as error:
         refusal = cause(error, HfHubHTTPError)
         if refusal is None or refusal.response.status_code not in (401, 403):

@@ -38,9 +38,13 @@ def show(picture: Figure | Image.Image, alt: str) -> None:
 
 def folded(table: pd.DataFrame, shown: int = 10) -> HTML:
     """A table as HTML: the first rows, and the rest behind a click."""
-    top = table.iloc[:shown].to_html(border=0)
+    top = as_html(table.iloc[:shown])
     rest = table.iloc[shown:]
     if rest.empty:
         return HTML(top)
     summary = escape(f"the other {len(rest)} rows")
-    return HTML(f"{top}<details><summary>{summary}</summary>{rest.to_html(border=0)}</details>")
+    return HTML(f"{top}<details><summary>{summary}</summary>{as_html(rest)}</details>")
+
+
+def as_html(table: pd.DataFrame) -> str:
+    return table.to_html(border=0).replace("&nbsp;", " ")  # which pandas 3 writes for each of several spaces

@@ -18,7 +18,8 @@ import torch
 from torch import nn
 
 MOST_PARAMETERS = 250e6
-LARGEST_PICTURE, SMALLER_PICTURE = 512, 336  # of patches of 14, 16 and what is made of them; where it can be chosen
+TOO_LARGE = "million parameters"  # in what is said of those that have more
+LARGEST_PICTURE, SMALLER_PICTURE = 512, 448  # even numbers of patches of 14, 16 and 32; where it can be chosen
 SHALLOW: list[dict[str, Any]] = [{}, {"depth": 2}, {"num_blocks": 2}, {"depths": (2, 2, 2, 2)}]
 OF_WEIGHTS = ("pretrained_filter_fn", "pretrained_strict", "pretrained_cfg", "pretrained_cfg_overlay", "feature_cfg")
 NARROW: list[dict[str, Any]] = [  # for those that are too large even so
@@ -42,7 +43,7 @@ def smallest(name: str, **given: Any) -> nn.Module:
         shapes = [*SHALLOW, *NARROW]
         sizes += [size(name, **shape, **given) for shape in NARROW]
         if min(sizes) > MOST_PARAMETERS:
-            raise ValueError(f"has {min(sizes) / 1e6:.0f} million parameters")
+            raise ValueError(f"has {min(sizes) / 1e6:.0f} {TOO_LARGE}")
     return timm.create_model(name, **shapes[sizes.index(min(sizes))], **given)
 
 

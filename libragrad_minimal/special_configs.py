@@ -45,6 +45,7 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "ZambaConfig": dict(  # whose attention is one and the same in two places
         num_hidden_layers=3,
         layers_block_type=["hybrid", "linear_attention", "hybrid"],
+        use_mamba_kernels=False,
         attention_hidden_size=2 * WIDTH,
         attention_head_dim=2 * WIDTH // NUMBER_OF_HEADS,
     ),

@@ -35,7 +35,7 @@ from .families import Inputs, call, explains_picture_for_texts, name_of
 from .files import only_one, whole_file
 from .layout import first_tokens, layout_of
 from .readout import chosen_rows, explained, kept_rows, rows_of_answer
-from .small_timm import twins
+from .small_timm import TOO_LARGE, twins
 from .streams import find_streams, removed, topological
 from .zoo import Case, NotBuilt, build
 
@@ -285,7 +285,9 @@ def sweep(library: str, names: Sequence[str], path: Path, processes: int = 1, bo
         left = [name for name in names if name not in table.done]
         same = twins([*table.judged, *left]) if library == "timm" else {}
         fill(table, library, [name for name in left if name not in same], processes, bounds or Bounds())
-        for name in set(left) & set(same):
+        too_large = {name for name, row in table.done.items() if TOO_LARGE in row.get("engine_detail", "")}
+        fill(table, library, [name for name in left if same.get(name) in too_large], processes, bounds or Bounds())
+        for name in set(left) - table.done.keys():
             table.add({"model": name} | row_of_twin(table.done[same[name]]))
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -88,6 +89,7 @@ def transformers_config(name: str) -> Any:
     with in_one_sentence(f"{name} has a config that can't be used"):
         if file:
             tensor_names(name)  # what a file counts is checked before a library counts on it
+            tell_gguf_version()
         refuse_remote_code(PreTrainedConfig.get_config_dict(place, **file)[0], name)  # all that is said
         config = AutoConfig.from_pretrained(place, trust_remote_code=False, **file)
         refuse_remote_code(config, name)  # and what was heard, if the file was another by then
@@ -96,6 +98,13 @@ def transformers_config(name: str) -> Any:
         if not chosen.issubset(OWN):
             setattr(config, setting, None)  # transformers sets it in the configs within, too
     return config
+
+
+def tell_gguf_version() -> None:
+    """Under Python 3.10 older transformers (5.15, not 5.24) asks gguf for its version, which gguf does not tell."""
+    import gguf
+
+    vars(gguf).setdefault("__version__", version("gguf"))
 
 
 def config_of_weights(name: str) -> Any:

@@ -1,9 +1,12 @@
 """Small models with random weights that several tests share."""
 
 import open_clip
+import pytest
 import timm
 import torch
 import torch.nn.functional as F
+import transformers
+from packaging.version import Version
 from torch import nn
 from transformers import (
     BertConfig,
@@ -15,6 +18,10 @@ from transformers import (
     ViTConfig,
     ViTForImageClassification,
 )
+
+from libragrad_minimal.models import DATA
+from libragrad_minimal.sweep import read
+from libragrad_minimal.zoo import Case, NotBuilt, build
 
 TEXT = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48, vocab_size=200)
 VISION = {**TEXT, "image_size": 32, "patch_size": 8}
@@ -127,3 +134,20 @@ def grouped_attention_is_fused() -> bool:
     q, k = torch.randn(1, 4, 8, 8, requires_grad=True), torch.randn(1, 2, 8, 8)
     attended = F.scaled_dot_product_attention(q, k, k, is_causal=True, enable_gqa=True)
     return "ScaledDotProduct" in attended.grad_fn.name()
+
+
+def older_transformers() -> str:
+    """Why models of the stored sweep may be absent here, or may not run; empty where all should."""
+    _, release = read(DATA / "sweep_transformers.csv")[0]["library"].split()
+    older = Version(transformers.__version__) < Version(release)
+    return f"transformers {transformers.__version__} isn't yet {release}, which was swept" if older else ""
+
+
+def built(library: str, name: str) -> Case:
+    """A model of the sweep; skips where an older transformers hasn't got it, or can't run it."""
+    try:
+        return build(library, name)
+    except (KeyError, NotBuilt) as error:
+        if reason := older_transformers():
+            pytest.skip(f"{reason}: {name}: {error}")
+        raise

@@ -17,7 +17,7 @@ def strange() -> str:
     return min(fonts.characters(fonts.file_of(ELSEWHERE)) - others)
 
 
-@pytest.mark.filterwarnings("error")
+@pytest.mark.filterwarnings("error", "ignore::DeprecationWarning")
 def test_a_family_that_has_the_character_is_found(strange):
     assert fonts.families_for("plain äß€ text\n") == [fonts.OWN]
     families = fonts.families_for(f"a {strange}")
@@ -40,7 +40,7 @@ def test_a_font_that_was_installed_after_matplotlib_looked_is_found(monkeypatch,
     fonts.system_fonts.cache_clear()
 
 
-@pytest.mark.filterwarnings("error")
+@pytest.mark.filterwarnings("error", "ignore::DeprecationWarning")
 def test_dollars_and_strange_characters_are_drawn_as_they_are_written(tmp_path, strange):
     picture = np.full((40, 40, 3), 200, np.uint8)
     title = f"$x_1$ costs $5 {strange}"

@@ -4,7 +4,7 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
-from models import IDS, PICTURES, TEXT, VISION, perturbed, tiny_vit
+from models import IDS, PICTURES, TEXT, VISION, built, perturbed, tiny_vit
 from torch import Tensor, nn
 from transformers import (
     ASTConfig,
@@ -26,7 +26,6 @@ from transformers import (
 
 from libragrad_minimal import PLAIN, attribute, libra_grad
 from libragrad_minimal.layout import beyond_chance
-from libragrad_minimal.zoo import build
 
 
 def pixel_relevance(logit_of, pictures: Tensor, patch: int) -> Tensor:
@@ -283,7 +282,7 @@ def test_pictures_within_texts():
 
 def test_tokens_of_a_codebook_have_no_map():
     """Chameleon's picture becomes words, and which of them a change of the pixels turns into others is chance."""
-    case = build("transformers", "vision-language chameleon")
+    case = built("transformers", "vision-language chameleon")
     result = attribute(case.model, case.inputs, case.target, readout=case.readout)
     assert (result.completeness_error < 1e-4 * (1 + result.output.abs())).all()
     with pytest.raises(ValueError, match="no map of the picture.*words of a codebook"):
@@ -292,7 +291,7 @@ def test_tokens_of_a_codebook_have_no_map():
 
 def test_a_picture_without_one_of_its_patches_has_no_map():
     """UDOP merges the patches under its words with them: fifteen of sixteen are left, and aren't five rows of three."""
-    case = build("transformers", "vision-language udop")
+    case = built("transformers", "vision-language udop")
     result = attribute(case.model, case.inputs, case.target, readout=case.readout)
     with pytest.raises(ValueError, match="no map of the picture"):
         _ = result.maps

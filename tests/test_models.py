@@ -36,6 +36,9 @@ FAMILIES = {
     "clip_vit": ("VisionTransformer", 1, layers.QuickGELU),
     "deit3": ("VisionTransformer", 1, vision_transformer.LayerScale),
     "mixer": ("MlpMixer", 0, mlp_mixer.MixerBlock),
+    "vit_tiny": ("VisionTransformer", 1, nn.GELU),
+    "vit_small": ("VisionTransformer", 1, nn.GELU),
+    "vit_base": ("VisionTransformer", 1, nn.GELU),
 }
 
 

@@ -7,7 +7,7 @@ from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError, Repo
 from models import tiny_llama
 
 from libragrad_minimal import models
-from libragrad_minimal.models import DATA, UNGATED_LLAMA, LoadedModel, load_demo, load_pretrained, token_texts
+from libragrad_minimal.models import DATA, UNGATED_LLAMA, LoadedModel, _text_of, load_demo, load_pretrained, token_texts
 
 
 @pytest.fixture(scope="module")
@@ -81,3 +81,12 @@ def test_offline_says_what_to_do(monkeypatch, tiny):
     answer_with(LocalEntryNotFoundError("not cached"), monkeypatch, tiny)
     with pytest.raises(OSError, match=r'the hub can\'t be reached.*load_demo\("llama"\)'):
         load_pretrained("llama", "meta-llama/Llama-3.2-1B")
+
+
+@pytest.mark.parametrize(
+    ("token", "alone", "text"),
+    [("\u2581Ben", "Ben", " Ben"), ("\u2581\u2581", " ", "  "), ("\u0120Ben", " Ben", " Ben"), ("\u0120", "", " ")]
+    + [("\u0120urf", "\u0120urf", "\u0120urf"), ("Ben", "Ben", "Ben"), ("", "", "")],  # the first is a Maltese letter
+)
+def test_spaces_that_decoding_drops_are_put_back(token, alone, text):
+    assert _text_of(token, alone) == text

@@ -5,7 +5,7 @@ import os
 import subprocess
 import sys
 from importlib import import_module
-from importlib.metadata import packages_distributions, requires
+from importlib.metadata import distributions, requires
 from pathlib import Path
 from zipfile import ZipFile
 
@@ -56,11 +56,13 @@ def installed_with(requirements: list[str]) -> set[str]:
 def take_away_extras(installed: Path) -> None:
     """Make every package unimportable that the library alone doesn't install."""
     there = installed_with(PROJECT["dependencies"])
-    absent = {
-        package
-        for package, distributions in packages_distributions().items()
-        if there.isdisjoint(name.lower().replace("_", "-") for name in distributions)
-    } - {"libragrad_minimal", *sys.stdlib_module_names}
+    needed: set[str] = {"libragrad_minimal", *sys.stdlib_module_names}
+    extra: set[str] = set()
+    for distribution in distributions():
+        kept = distribution.metadata["Name"].lower().replace("_", "-") in there
+        modules = (file.parts[0].split(".")[0] for file in distribution.files or [] if file.suffix in (".py", ".so"))
+        (needed if kept else extra).update(filter(None, modules))  # none is below "..", where commands lie
+    absent = extra - needed
     assert {"PIL", "matplotlib", "timm", "transformers"} <= absent and absent.isdisjoint({"torch", "numpy", "tqdm"})
     # None is how Python itself marks what can't be imported, also for those who ask find_spec.
     (installed / "sitecustomize.py").write_text(f"import sys\nsys.modules.update(dict.fromkeys({sorted(absent)}))\n")

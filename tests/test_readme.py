@@ -42,12 +42,15 @@ def absent_arguments(command: str) -> list[str]:
     return [path for path in paths if not list(ROOT.glob(path))] + [extra for extra in extras if extra not in EXTRAS]
 
 
+STANDARD = {*sys.stdlib_module_names, "tomllib"}  # the last since Python 3.11, and tomli before
+
+
 def imports(source: str) -> set[str]:
     """Top-level names of the packages a piece of Python imports."""
     nodes = list(ast.walk(ast.parse(source)))
     plain = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
     dotted = {node.module for node in nodes if isinstance(node, ast.ImportFrom) and node.level == 0}
-    return {name.split(".")[0] for name in plain | dotted} - set(sys.stdlib_module_names)
+    return {name.split(".")[0] for name in plain | dotted} - STANDARD
 
 
 def declared(requirements: list[str]) -> set[str]:

@@ -1,4 +1,4 @@
-"""Before a download its size is said; what doesn't fit or is refused ends in one sentence with a smaller choice."""
+"""Before a download its size is said; what doesn't fit or is refused ends in one sentence that says what to do."""
 
 from types import SimpleNamespace
 
@@ -6,8 +6,9 @@ import huggingface_hub
 import pytest
 import torch
 from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
+from models import PICTURES, tiny_vit
 
-from libragrad_minimal import models, room
+from libragrad_minimal import attribute, models, room
 from libragrad_minimal.models import load_pretrained
 
 EIGHT, THREE, ONE, LIGHT = room.CHOICES["llama"]
@@ -138,3 +139,17 @@ def test_what_is_offered_of_timm_and_open_clip_exists():
     assert all(timm.is_model(name.split(".")[0]) and name in timm.list_pretrained() for name in room.CHOICES["vit"])
     pairs = {"/".join(pair) for pair in open_clip.list_pretrained()}
     assert pairs >= set(room.CHOICES["clip"])
+
+
+def test_explaining_too_much_at_once_ends_in_one_sentence():
+    """The allocator's own error, while the model runs; and the cure that is named."""
+    model = tiny_vit()
+    block = model.blocks[0]
+    run = block.forward
+    block.forward = lambda x: run(x) if len(x) == 1 else torch.empty(2**60)
+    with pytest.raises(torch.OutOfMemoryError) as caught:
+        attribute(model, PICTURES[:2], 1)
+    said = str(caught.value)
+    assert said.startswith("there isn't enough memory to compute FullGrad+ for 2 samples at once: give fewer at once")
+    assert "\n" not in said and "allocate" in str(caught.value.__cause__)
+    assert attribute(model, PICTURES[:1], 1).completeness_error.max() < 1e-4

@@ -53,3 +53,8 @@ def test_the_first_rows_are_seen_and_the_rest_is_folded():
     assert top.count("<tr>") + top.count("<tr ") == 11 and rest.count("<tr>") + rest.count("<tr ") == 6
     assert "the other 5 rows" in rest
     assert "<details>" not in folded(table.iloc[:10]).data
+
+
+def test_several_spaces_are_the_same_with_every_pandas():
+    page = folded(pd.DataFrame({"a   b": ["c   d"]})).data
+    assert "<th>a   b</th>" in page and "<td>c   d</td>" in page

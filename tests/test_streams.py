@@ -158,6 +158,13 @@ class Reused(nn.Module):
 REUSED = [dict(place=place) for place in (1, "head", "gate")] + [dict(place="head", in_place=True)]
 
 
+def as_a_view(ids, weight):
+    return F.embedding(ids.T, weight).transpose(0, 1)[:, :, :]
+
+
+REUSED += [dict(place=place, embedded=as_a_view) for place in (1, "head", "gate")]
+
+
 @pytest.mark.parametrize("options", REUSED, ids=str)
 def test_tokens_that_go_another_way_count_there_too(options):
     model = perturbed(Reused(**options))

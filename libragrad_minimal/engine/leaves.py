@@ -20,7 +20,15 @@ def is_live(value: Any) -> bool:
         return False
     while torch._C._functorch.is_functorch_wrapped_tensor(value):
         value = torch._C._functorch.get_unwrapped(value)
-    return value.requires_grad
+    return value.requires_grad and not is_unseen_view(value)
+
+
+def is_unseen_view(tensor: Tensor) -> bool:
+    """A view of a weight that was made under no_grad says that it requires grad, and autograd doesn't follow it."""
+    if not tensor.is_leaf or not tensor._is_view():
+        return False
+    with torch.enable_grad():
+        return tensor.view_as(tensor).grad_fn.next_functions[0][0] is None  # type: ignore[union-attr]
 
 
 def is_number(value: Any) -> bool:
@@ -47,7 +55,7 @@ def first_live(values: Sequence[Any]) -> Tensor | None:
 
 def leaves(value: Any, live: Tensor) -> Any:
     """A constant as a leaf that requires grad: the same memory. Lists and tuples of constants one by one."""
-    if value is None or isinstance(value, Tensor) and value.requires_grad:
+    if value is None or isinstance(value, Tensor) and value.requires_grad and not is_unseen_view(value):
         return value
     if isinstance(value, list | tuple):
         return type(value)(leaves(v, live) for v in value) if type(value) in (list, tuple) else value

@@ -39,6 +39,8 @@ LONG = (
     "from school, talked for a while about the weather, and walked home along the river before it began to rain. "
 )
 FACT = "When Mary and John went to the store, {} gave a bottle of milk to"
+# Where the prompts differ in the beginning, nearly every position can be patched.
+LONG_FACT = "{} bought a red kite. " + LONG + "The red kite was bought by"
 
 
 @dataclass(frozen=True)
@@ -62,11 +64,13 @@ def demo() -> Question:
     return question(loaded.model, loaded.tokenizer, STORY, ("blue", "green"), (" blue", " green"))
 
 
-def from_folder(folder: Path, before: str) -> Question:
+def from_folder(folder: Path, long: bool) -> Question:
     """A language model from a folder that holds a GGUF file, or transformers' own files."""
     loaded = load_pretrained("llama", str(folder))
     model, tokenizer = loaded.model.float(), loaded.tokenizer
-    return question(model, tokenizer, before + FACT, ("John", "Mary"), (" Mary", " John"))
+    if long:
+        return question(model, tokenizer, LONG_FACT, ("John", "Mary"), (" John", " Mary"))
+    return question(model, tokenizer, FACT, ("John", "Mary"), (" Mary", " John"))
 
 
 def naive_patching(asked: Question) -> Tensor:
@@ -119,14 +123,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="one pair on the demo Llama, to see that it runs")
     parser.add_argument("--model", type=Path, metavar="FOLDER", help="a real model of Llama's kind")
-    parser.add_argument("--long", action="store_true", help="a story before that model's prompts")
+    parser.add_argument("--long", action="store_true", help="that model is asked for what a story began with")
     parser.add_argument("--sites", choices=["mlp", "attention", "heads"], default="mlp", help="default: mlp")
     parser.add_argument("--pairs", type=int, default=5, help="timed pairs (default: 5)")
     parser.add_argument("--threads", type=int, help="CPU threads (default: PyTorch's own choice)")
     options = parser.parse_args()
     if options.threads:
         torch.set_num_threads(options.threads)
-    asked = from_folder(options.model, LONG if options.long else "") if options.model else demo()
+    asked = from_folder(options.model, options.long) if options.model else demo()
     layers, length = len(asked.model.model.layers), asked.clean["input_ids"].shape[1]
     print(f"{torch.get_num_threads()} threads; PyTorch {torch.__version__}; float32; {layers} layers, {length} tokens")
     seconds = compare(asked, 1 if options.quick else options.pairs, options.sites)

@@ -17,6 +17,8 @@ from torch import nn
 from libragrad_minimal import Rules, UnsupportedOperation, additive_constants, audit, libra_grad, observed
 
 BUFFER = torch.linspace(-1, 2, 8, dtype=torch.float64)
+with torch.no_grad():
+    UNSEEN_VIEW = nn.Parameter(BUFFER.clone()).expand(1, 8)  # requires_grad is True, and no graph will hold it
 
 
 def draw(*shape):
@@ -42,6 +44,7 @@ def at(*places):
 HIDDEN = {  # what autograd doesn't follow, and what of it is a constant in the output of an input of ones: by hand
     "number": (lambda x: x + 1.5, 1.5),
     "buffer": (lambda x: x + BUFFER, BUFFER),
+    "view of a weight, made without grad": (lambda x: x + UNSEEN_VIEW, BUFFER),
     "one minus": (lambda x: 3 - x, 3),
     "frozen bias": (lambda x: F.linear(x, torch.eye(8, dtype=torch.float64), BUFFER), BUFFER),
     "where": (lambda x: torch.where(BUFFER > 0, x, 0.25), torch.where(BUFFER > 0, 0, 0.25)),
