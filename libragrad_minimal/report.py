@@ -58,7 +58,7 @@ def page(table: pd.DataFrame, settings: Sequence[tuple[str, str]]) -> str:
     """An HTML page with the figure, every mean with its standard error, what was skipped and the settings."""
     cells, left_out = columns(table), skipped(table)
     body = [
-        f"<p>{measured(table)} examples. Mean ± standard error; the best of a column in bold where there is a best.</p>",
+        f"<p>{measured(table)} examples. Mean ± standard error; the best of a column in bold, where there is one.</p>",
         pages.embedded(figure(table), alternative(cells)),
         f'<div class="wide">{html_table(cells)}</div>',
         f"<h2>Skipped: {len(left_out)}</h2><ul>{''.join(f'<li>{escape(reason)}</li>' for reason in left_out)}</ul>",
