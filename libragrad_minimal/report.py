@@ -49,12 +49,16 @@ def figure(table: pd.DataFrame) -> Figure:
     return result
 
 
+def measured(table: pd.DataFrame) -> int:
+    """How many examples have numbers."""
+    return table.loc[table["metric"] != "skipped", "example"].nunique()
+
+
 def page(table: pd.DataFrame, settings: Sequence[tuple[str, str]]) -> str:
     """An HTML page with the figure, every mean with its standard error, what was skipped and the settings."""
     cells, left_out = columns(table), skipped(table)
-    examples = table.loc[table["metric"] != "skipped", "example"].nunique()
     body = [
-        f"<p>{examples} examples. Mean ± standard error; the best of a column in bold where there is a best.</p>",
+        f"<p>{measured(table)} examples. Mean ± standard error; the best of a column in bold, where there is one.</p>",
         pages.embedded(figure(table), alternative(cells)),
         f'<div class="wide">{html_table(cells)}</div>',
         f"<h2>Skipped: {len(left_out)}</h2><ul>{''.join(f'<li>{escape(reason)}</li>' for reason in left_out)}</ul>",

@@ -335,7 +335,7 @@ def test_two_folders_compare(measured, tmp_path):
 def test_command_writes_table_figure_and_page(tmp_path, capsys):
     arguments = ["benchmark", "--model", "vit", "--data", "scenes:3", "--methods", "ixg", "--metrics", "segmentation"]
     assert cli.main([*arguments, "--csv", "-o", str(tmp_path / "out")]) == 0
-    assert "0 examples skipped" in capsys.readouterr().out
+    assert "3 examples measured, 0 skipped; wrote" in capsys.readouterr().out
     there = {file.name for file in (tmp_path / "out").iterdir()}
     assert {"table.parquet", "table.csv", "figure.png", "report.html", "settings.json"} <= there
     assert cli.main(["benchmark", "--compare", "IxG libra", "IxG plain", "-o", str(tmp_path / "out")]) == 0
