@@ -464,8 +464,8 @@ def benchmark(device_map, csv, compare, output, **given) -> int:  # fmt: skip
     told = [(name, str(value)) for name, value in vars(settings).items()]
     with whole_file(path.with_name("report.html")) as page_file:
         page_file.write_text(report.page(table, told), encoding="utf-8")
-    told = f"{report.measured(table)} examples measured, {len(benchmark.skipped(table))} skipped"
-    click.echo(f"{told}; wrote {path}, figure.png and report.html beside it")
+    counted = f"{report.measured(table)} examples measured, {len(benchmark.skipped(table))} skipped"
+    click.echo(f"{counted}; wrote {path}, figure.png and report.html beside it")
     return 0
 
 

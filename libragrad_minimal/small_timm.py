@@ -19,7 +19,7 @@ from torch import nn
 
 MOST_PARAMETERS = 250e6
 TOO_LARGE = "million parameters"  # in what is said of those that have more
-LARGEST_PICTURE, SMALLER_PICTURE = 512, 448  # even numbers of patches of 14, 16 and 32; where it can be chosen
+LARGEST_PICTURE, SMALLER_PICTURE = 512, 336  # 24 patches of 14; where it can be chosen
 SHALLOW: list[dict[str, Any]] = [{}, {"depth": 2}, {"num_blocks": 2}, {"depths": (2, 2, 2, 2)}]
 OF_WEIGHTS = ("pretrained_filter_fn", "pretrained_strict", "pretrained_cfg", "pretrained_cfg_overlay", "feature_cfg")
 NARROW: list[dict[str, Any]] = [  # for those that are too large even so
@@ -64,9 +64,11 @@ def picture_of(name: str) -> tuple[tuple[int, ...], dict[str, Any]]:
     import timm
 
     expected = timm.get_pretrained_cfg(name).input_size
-    chosen = {"img_size": SMALLER_PICTURE}
+    half = max(expected) // 2
+    side = half if half % 32 == 0 else SMALLER_PICTURE  # the half of 768 is 24 patches of 16
+    chosen = {"img_size": side}
     if max(expected) > LARGEST_PICTURE and size(name, **chosen) < torch.inf:
-        return (3, SMALLER_PICTURE, SMALLER_PICTURE), chosen
+        return (3, side, side), chosen
     return expected, {}
 
 
