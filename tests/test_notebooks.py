@@ -127,13 +127,13 @@ def page_problems(notebook: nbformat.NotebookNode) -> list[str]:
                 stored = Image.open(io.BytesIO(base64.b64decode(output.data["image/png"])))
                 if stored.mode != "P":
                     found.append(f"cell {cell.id} keeps a picture in more than 256 colours: show(figure, alt) does not")
-            page = output.get("data", {}).get("text/html", "")
-            if re.search(ROUNDED, page) and "# NBVAL_IGNORE_OUTPUT\n" not in cell.source:
-                found.append(f"cell {cell.id} compares pixels or rounding in its HTML: # NBVAL_IGNORE_OUTPUT")
                 if stored.width > WIDEST:
                     found.append(
                         f"cell {cell.id} shows {stored.width} pixels in a row: at {WIDEST} a phone can still be read"
                     )
+            page = output.get("data", {}).get("text/html", "")
+            if re.search(ROUNDED, page) and "# NBVAL_IGNORE_OUTPUT\n" not in cell.source:
+                found.append(f"cell {cell.id} compares pixels or rounding in its HTML: # NBVAL_IGNORE_OUTPUT")
     text = "\n".join(cell.source for cell in notebook.cells if cell.cell_type == "markdown")
     code = "\n".join(cell.source for cell in notebook.cells if cell.cell_type == "code")
     minutes = len(text.split()) / 200 + len(code.split()) / 100
