@@ -33,13 +33,17 @@ class Memory:
 
 
 def memory_of(model: nn.Module, inputs: Inputs) -> Memory | None:
-    """None where the model keeps nothing of the kind, or the text isn't all that it is given."""
+    """None where the model keeps nothing of the kind, or the text isn't all that it is given.
+
+    Raises:
+        ValueError: the model itself fails when it is to remember.
+    """
     name = next((name for name in CACHES if accepts(model, name)), None)
     unpadded = inputs.mask is None or bool(inputs.mask.all())
     text_alone = inputs.tensors.keys() - {"attention_mask"} == {TOKEN_IDS} and not inputs.choices()
     if name is None or not (generates(model) and accepts(model, "use_cache") and unpadded and text_alone):
         return None
-    with torch.no_grad(), torch.compiler.set_stance("force_eager"):
+    with blamed("it remembers nothing"), torch.no_grad(), torch.compiler.set_stance("force_eager"):
         answer = plain(model)(**inputs.tensors, use_cache=True)
     cache = getattr(answer, name, None)
     return Memory(name, cache) if hasattr(cache, "crop") and hasattr(cache, "batch_repeat_interleave") else None

@@ -311,6 +311,20 @@ def test_a_beginning_is_left_out_where_nothing_in_it_can_change(build, remembers
     torch.testing.assert_close(found, patching(model, CLEAN, corrupt, metric).effect, atol=1e-5, rtol=1e-4)
 
 
+def test_a_model_that_fails_when_it_is_to_remember_is_patched_as_a_whole():
+    model = tiny_llama()
+    forward = model.model.forward
+
+    def forgetful(*args, use_cache=None, **kwargs):
+        if use_cache:
+            raise NotImplementedError("no cache")
+        return forward(*args, use_cache=False, **kwargs)
+
+    expected = patching(model, CLEAN, CORRUPT, metric).effect
+    model.model.forward = forgetful
+    torch.testing.assert_close(patching(model, CLEAN, CORRUPT, metric).effect, expected, atol=1e-5, rtol=1e-4)
+
+
 def test_runs_hold_every_part_once_and_few_tokens(monkeypatch):
     monkeypatch.setattr(circuits, "TOKENS_AT_ONCE", 60)
     parts = torch.tensor([(position, group) for position in range(3, 24) for group in range(2)])
