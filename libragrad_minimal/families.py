@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses import FakeTensor
 
 from .engine import UnsupportedOperation
 
@@ -384,6 +385,7 @@ def check_ordinary(name: str, tensor: Tensor) -> None:
     """Raises ValueError for tensors that hold no plain numbers side by side."""
     kinds = {
         "on the meta device, which holds no numbers": tensor.is_meta,
+        "of torch's FakeTensorMode, which holds no numbers": isinstance(tensor, FakeTensor),
         "nested": tensor.is_nested,
         "quantised": tensor.is_quantized,
         "complex": tensor.is_complex(),

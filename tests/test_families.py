@@ -9,6 +9,7 @@ import torch
 import transformers
 from measuring import memory
 from models import IDS, PICTURES, TEXT, tiny_llama, tiny_vit
+from torch._subclasses import FakeTensorMode
 from torch.utils.checkpoint import checkpoint
 
 from libragrad_minimal import Against, Probability, UnsupportedOperation, attribute, libra_grad
@@ -317,6 +318,12 @@ def test_numbers_that_no_gradient_can_follow_are_refused():
     model.blocks[1].mlp.to("meta")
     with pytest.raises(ValueError, match="blocks.1.mlp.fc1.weight is on the meta device"):
         attribute(model, PICTURES, 1)
+
+
+def test_fake_tensors_are_refused():
+    model, said = picture_model(), "the input is of torch's FakeTensorMode, which holds no numbers"
+    with FakeTensorMode(), pytest.raises(ValueError, match=said):
+        attribute(model, torch.randn(2, 3, 32, 32), 1)
 
 
 @pytest.mark.filterwarnings("ignore:Using `torch.compile:UserWarning")
