@@ -165,7 +165,9 @@ def as_a_view(ids, weight):
 REUSED += [dict(place=place, embedded=as_a_view) for place in (1, "head", "gate")]
 
 
-@pytest.mark.parametrize("options", REUSED, ids=str)
+@pytest.mark.parametrize(
+    "options", REUSED, ids=lambda options: "-".join(getattr(v, "__name__", str(v)) for v in options.values())
+)
 def test_tokens_that_go_another_way_count_there_too(options):
     model = perturbed(Reused(**options))
     result = attribute(model, {"input_ids": IDS}, 1, "IxG")
