@@ -12,6 +12,7 @@ ELSEWHERE = {  # a module without a file of its own -> the file whose tests call
     "audits": "test_cli.py",
     "averaged": "test_methods.py",
     "batches": "test_benchmark.py",
+    "beginnings": "test_circuits.py",
     "block_tokens": "test_circuits.py",
     "cams": "test_methods.py",
     "commands": "test_cli.py",
