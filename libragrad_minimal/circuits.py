@@ -329,9 +329,6 @@ class Pair:
         """Of the clean prompt: if its first half is the same whatever follows, and runs that leave it out answer as
         those that don't, patched or not."""
         half = site.differs.shape[1] // 2
-        mask = torch.zeros(2, *site.differs.shape[1:], dtype=torch.bool)
-        mask[1, half:] = True
-        whole = self.answers([(site, {0: mask})], 2)
         try:
             memory = memory_of(self.model, self.inputs)
             if memory is None or self.inputs.tensors[TOKEN_IDS].shape[1] != site.differs.shape[1]:
@@ -339,6 +336,9 @@ class Pair:
             _, alone = self.values(Inputs({TOKEN_IDS: self.inputs.tensors[TOKEN_IDS][:, :half]}), site.places)
             if (alone[-1] - site.clean[-1][:half]).norm() > SAME * alone[-1].norm():
                 return None
+            mask = torch.zeros(2, *site.differs.shape[1:], dtype=torch.bool)
+            mask[1, half:] = True
+            whole = self.answers([(site, {0: mask})], 2)
             self.memory = memory
             rest = self.answers([(site, {0: mask})], 2)
         except ValueError:  # a model that can't remember, or not half of this text; a memory that can't be cut

@@ -632,7 +632,7 @@ def as_if_made_here(h: Tensor) -> None:
     """A view that was made without a graph, before the first block, may be written to like one that has been made with
     a graph: autograd forbids it since it can't know which of the two is meant."""
     if h._is_view():
-        if not hasattr(getattr(torch._C._functions, "CopySlices"), "_wrapped_node"):  # noqa: B009, for mypy
+        if not hasattr(torch._C._functions.CopySlices, "_wrapped_node"):  # type: ignore[attr-defined]
             raise ValueError(
                 "the tokens that enter the first block are a view of memory that is used elsewhere, too, and "
                 f"PyTorch {torch.__version__} hides what is written to a view: explain libra_grad(output, inputs) from "

@@ -55,7 +55,7 @@ def first_live(values: Sequence[Any]) -> Tensor | None:
 
 def leaves(value: Any, live: Tensor) -> Any:
     """A constant as a leaf that requires grad: the same memory. Lists and tuples of constants one by one."""
-    if value is None or isinstance(value, Tensor) and value.requires_grad and not is_unseen_view(value):
+    if value is None or is_live(value):
         return value
     if isinstance(value, list | tuple):
         return type(value)(leaves(v, live) for v in value) if type(value) in (list, tuple) else value
