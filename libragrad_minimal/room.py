@@ -113,7 +113,7 @@ def or_a_smaller_one(kind: str, name: str) -> Iterator[None]:
     try:
         with or_else(no_room(kind, name, "there isn't enough memory")):
             yield
-    except OSError as error:
+    except (OSError, RuntimeError) as error:  # the latter is what open_clip makes of it
         refusal = cause(error, HfHubHTTPError)
         if refusal is None or refusal.response.status_code not in (401, 403):
             raise
