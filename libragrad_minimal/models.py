@@ -140,6 +140,9 @@ def _pretrained_vit(name: str) -> LoadedModel:
     from huggingface_hub.errors import LocalEntryNotFoundError
     from timm.data import ImageNetInfo, create_transform, resolve_model_data_config
 
+    about = timm.get_pretrained_cfg(name)
+    if about is not None and about.hf_hub_id:
+        announce("vit", name, about.hf_hub_id, "model.safetensors", "pytorch_model.bin")
     try:
         model = timm.create_model(name, pretrained=True)
     except LocalEntryNotFoundError as error:
@@ -274,7 +277,7 @@ def _download_llama(name: str, device_map: str | None) -> LoadedModel:
     device, dtype = device_and_dtype()
     place, file = place_of(name)
     if device_map is None:  # else nobody knows which memory is meant
-        announce(name, place, *file.values())
+        announce("llama", name, place, *(file.values() or ["*.safetensors"]))
     safe = {"trust_remote_code": False, "config": config_of_weights(name), **file}  # said aloud, or transformers asks
     tokenizer = AutoTokenizer.from_pretrained(place, **safe)
     safe |= _unpacked() if file else {"use_safetensors": True}
@@ -408,6 +411,10 @@ def _pretrained_clip(name: str) -> LoadedModel:
         )
     if itself:
         check_open_clip_config(name)
+    place = f"{name.split(':')[1]}/" if itself else open_clip.get_pretrained_cfg(architecture, tag).get("hf_hub", "")
+    repository, _, file = place.rpartition("/")
+    if repository:
+        announce("clip", name, repository, file or "open_clip*.safetensors", "open_clip*.bin")
     try:
         model, _, transform = open_clip.create_model_and_transforms(architecture, tag or None)
     except (OSError, RuntimeError) as error:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,8 @@ CHOICES = {  # what the notebooks and the command line offer, each smaller than 
         "HuggingFaceTB/SmolLM2-135M-Instruct",
     ),
 }
+
+BIG = 100_000_000  # bytes; what is smaller is here before anybody wonders
 
 
 def device_and_dtype() -> tuple[str, torch.dtype]:
@@ -47,15 +50,17 @@ def smaller_than(kind: str, name: str) -> str:
     return following[0] if following else f'load_demo("{kind}")'
 
 
-def announce(name: str, repository: str, weights: str = "*.safetensors") -> None:
-    """Before a language model is downloaded: one line on stderr, how much that is and how much memory it takes.
+def announce(kind: str, name: str, repository: str, *weights: str) -> None:
+    """Before a big download: one line on stderr, how much that is and how much memory the model takes.
 
-    Silent about what is on this machine already, and where the hub doesn't answer: then loading says why.
+    Silent about what is on this machine already or is here in a moment, and where the hub doesn't answer: then loading
+    says why.
 
     Args:
+        kind: "vit", "clip" or "llama".
         name: as the user calls it.
         repository: of the hub, or a folder.
-        weights: a pattern of the files that will be fetched.
+        weights: patterns of files; those of the first that there are will be fetched.
     Raises:
         torch.OutOfMemoryError: its weights alone need more than is free.
     """
@@ -67,17 +72,19 @@ def announce(name: str, repository: str, weights: str = "*.safetensors") -> None
         about = model_info(repository, files_metadata=True, timeout=10)
     except Exception:  # whatever it is, loading meets it next
         return
-    files = [file for file in about.siblings or [] if Path(file.rfilename).match(weights) and "/" not in file.rfilename]
-    missing = [file for file in files if not isinstance(try_to_load_from_cache(repository, file.rfilename), str)]
-    if not missing:
+    files = {file.rfilename: file.size or 0 for file in about.siblings or [] if "/" not in file.rfilename}
+    matching = ([file for file in files if fnmatch(file, pattern)] for pattern in weights)
+    fetched = next(filter(None, matching), [])
+    size = sum(files[file] for file in fetched if not isinstance(try_to_load_from_cache(repository, file), str))
+    if size < BIG:
         return
-    line = f"{name}: {sum(file.size or 0 for file in missing) / 1e9:.1f} GB to download, once"
-    device, dtype = device_and_dtype()
+    line = f"{name}: {size / 1e9:.1f} GB to download, once"
+    device, dtype = device_and_dtype() if kind == "llama" else ("cpu", torch.float32)
     free, parameters = free_memory(torch.device(device)), getattr(about.safetensors, "total", None)
     if parameters and free:
         needed = parameters * dtype.itemsize
         if needed > free:
-            raise no_room("llama", name, f"its weights take {needed / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free")
+            raise no_room(kind, name, f"its weights take {needed / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free")
         line += f"; in memory its weights take {needed / 1e9:.1f} of the {free / 1e9:.1f} GB that are free ({device})"
     print(line, file=sys.stderr)
 

@@ -105,6 +105,7 @@ def is_deliberate(error: Exception) -> bool:
 # All streams and gates are 4 x 4. {a} {b} {c}: streams; {g} {h}: gates; {C} {D}: 4 x 4 constants; {v} {u}: rows;
 # {k}: a column; {w}: a row that nothing else uses; {B} {Z}: a buffer, a complex buffer; {s}: a number; {p}: a number
 # between 0 and 1; {i}: four indices, {j}: a permutation; {M}: a mask; {m}: a stream that may be changed in place.
+# Nothing divides by what may be all but zero, the spread of equal rows, say: that blows up rounding, in any backward pass.
 
 LINEAR = """
 {a} + {b} | {a} - {b} | -{a} | {a} * {s} | {a} / {s} | torch.add({a}, {b}, alpha={s}) | {a} + {b}[0] | {a}[1] - {b}
@@ -131,7 +132,7 @@ torch.complex({a}, {b}).roll(1, 0).imag
 torch.view_as_real(torch.view_as_complex({a}.reshape(4, 2, 2).contiguous()) * {Z}[:, :2]).reshape(4, 4)
 ({a}[:, 0] + {b}[:, 1]).repeat(4, 1) | torch.vmap(lambda row: row @ {C})({a}) | {a}.to(torch.complex128).mul(1j).imag
 F.grid_sample({a}[None, None], {B}.reshape(1, 4, 2, 2).repeat(1, 1, 2, 1), align_corners=False)[0, 0]
-{a} + {b}.norm(dim=1, keepdim=True) | {a} + {b}.std(0) | {a}.abs().sum(1, keepdim=True) + {b}
+{a} + {b}.norm(dim=1, keepdim=True) | {a} + torch.cat([{b}, {B}]).std(0) | {a}.abs().sum(1, keepdim=True) + {b}
 torch.einsum("ij,kj->ki", {a}, {C})
 """
 

@@ -7,6 +7,8 @@ import os
 import subprocess
 import sys
 import sysconfig
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import nbformat
@@ -117,3 +119,86 @@ def test_a_clone_that_fails_stops_the_cell(tmp_path, packages):
     assert done.returncode != 0 and done.stdout == ""
     assert "not appear to be a git repository" in done.stderr and "CalledProcessError" in done.stderr.splitlines()[-1]
     assert list(colab.content.iterdir()) == []
+
+
+class Hub(ThreadingHTTPServer):
+    """In place of the hub: it tells how large its models are and hands out none, or refuses to."""
+
+    def __init__(self, refuses: bool):
+        super().__init__(("127.0.0.1", 0), Answer)
+        self.refuses = refuses
+        threading.Thread(target=self.serve_forever, daemon=True).start()
+
+
+class Answer(BaseHTTPRequestHandler):
+    def do_GET(self):
+        clips = ["open_clip_model.safetensors", "open_clip_pytorch_model.bin"]
+        names = clips if "CLIP" in self.path else ["model.safetensors"]
+        about = {"id": "a/b", "siblings": [{"rfilename": name, "size": 1_720_000_000} for name in names]}
+        about["safetensors"] = {"parameters": {"F32": 430_000_000}, "total": 430_000_000}
+        status, headers = 200, {}
+        if self.server.refuses:
+            about, status, headers = {"error": "log in"}, 401, {"X-Error-Code": "GatedRepo"}
+        elif not self.path.startswith("/api/models/"):
+            about, status, headers = {}, 404, {"X-Error-Code": "EntryNotFound"}
+        content = json.dumps(about).encode()
+        self.send_response(status)
+        for name, value in {"Content-Length": str(len(content)), **headers}.items():
+            self.send_header(name, value)
+        self.end_headers()
+        if self.command == "GET":
+            self.wfile.write(content)
+
+    do_HEAD = do_GET
+
+    def log_message(self, *about):
+        pass
+
+
+LOADING = {  # what the cell loads without a GPU, and what is said to be smaller
+    "01_llama3_token_attribution": ("HuggingFaceTB/SmolLM2-135M-Instruct", "llama"),
+    "02_clip_text_prompted_regions": ("ViT-B-16/laion2b_s34b_b88k", "clip"),
+    "03_vit_class_discrimination": ("vit_tiny_patch16_224.augreg_in21k_ft_in1k", "vit"),
+}
+NO_MEMORY = """
+import open_clip, timm, torch, transformers
+from libragrad_minimal import models
+
+def filled(*names, **options):
+    raise torch.OutOfMemoryError("CUDA out of memory.\\nTried to allocate 3 GiB.")
+
+models.config_of_weights = transformers.AutoTokenizer.from_pretrained = lambda *names, **options: None
+open_clip.create_model_and_transforms = timm.create_model = filled
+transformers.AutoModelForCausalLM.from_pretrained = filled
+"""
+
+
+@pytest.mark.parametrize("refuses", [True, False], ids=["401", "no memory"])
+@pytest.mark.parametrize("stem", LOADING)
+def test_the_cell_that_loads_a_model_ends_in_one_sentence(stem, refuses, tmp_path):
+    """With the libraries' own ways of asking the hub, and what they make of its answer."""
+    notebook = nbformat.read(ROOT / "notebooks" / f"{stem}.ipynb", as_version=4)
+    code = [cell.source for cell in notebook.cells if cell.cell_type == "code"]
+    assert "load_pretrained(" in code[2]
+    code = ["import os", "IN_COLAB = True", code[1], *([] if refuses else [NO_MEMORY]), code[2]]
+    hub = Hub(refuses)
+    settings = {"HF_ENDPOINT": f"http://127.0.0.1:{hub.server_port}", "HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "0"}
+    settings |= {"PYTHONPATH": str(ROOT), "MPLBACKEND": "agg", "CUDA_VISIBLE_DEVICES": ""}
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "LIBRAGRAD"))}
+    try:
+        done = subprocess.run(
+            [sys.executable, "-c", "\n".join(code)], env=environment | settings, capture_output=True, text=True
+        )
+    finally:
+        hub.shutdown()
+    name, kind = LOADING[stem]
+    *before, last = done.stderr.splitlines()
+    if refuses:
+        assert last.startswith(f"OSError: the hub answered 401 to {name}") and "hf auth login" in last
+        assert last.endswith(f'open to all is load_demo("{kind}")')
+    else:
+        told = [line for line in before if line.startswith(f"{name}: 1.7 GB to download, once; in memory its weights")]
+        assert len(told) == 1, done.stderr
+        assert last.endswith(
+            f"{name} doesn't fit: there isn't enough memory; the next smaller choice is load_demo(\"{kind}\")"
+        )

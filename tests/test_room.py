@@ -47,6 +47,7 @@ def hub(monkeypatch):
     """A hub whose every model has three billion parameters in two files, and a T4 with 14.5 GB."""
     files = [SimpleNamespace(rfilename=f"model-{i}-of-2.safetensors", size=3_200_000_000) for i in (1, 2)]
     files += [SimpleNamespace(rfilename=name, size=10**10) for name in ("original/x.safetensors", "x.gguf", "x.md")]
+    files += [SimpleNamespace(rfilename="small.json", size=99_000_000)]
     about = SimpleNamespace(siblings=files, safetensors=SimpleNamespace(total=3_200_000_000))
     hub = SimpleNamespace(cached=set(), free=14.5e9)
     monkeypatch.setattr(huggingface_hub, "model_info", lambda *_, **__: about)
@@ -59,22 +60,25 @@ def hub(monkeypatch):
 
 
 def test_before_a_download_one_line_says_how_much(hub, capsys):
-    room.announce(THREE, THREE)
+    room.announce("llama", THREE, THREE, "*.safetensors")
     said = "6.4 GB to download, once; in memory its weights take 6.4 of the 14.5 GB that are free (cuda)"
     assert capsys.readouterr().err == f"{THREE}: {said}\n"
     hub.cached = {"model-1-of-2.safetensors"}
-    room.announce(THREE, THREE)
+    room.announce("llama", THREE, THREE, "*.safetensors")
     assert "3.2 GB to download" in capsys.readouterr().err
-    room.announce("somebody/x/x.gguf", "somebody/x", "x.gguf")
+    room.announce("llama", "somebody/x/x.gguf", "somebody/x", "x.gguf")
     assert "10.0 GB to download" in capsys.readouterr().err
+    room.announce("clip", "somebody/x", "somebody/x", "open_clip*.safetensors", "*.gguf")
+    assert "10.0 GB to download, once; in memory its weights take 12.8 of the 14.5 GB" in capsys.readouterr().err
 
 
 def test_nothing_is_said_of_what_is_here_or_unknown(hub, capsys, tmp_path, monkeypatch):
-    room.announce("a folder", str(tmp_path))
+    room.announce("llama", "a folder", str(tmp_path), "*.safetensors")
+    room.announce("llama", THREE, THREE, "small.json")
     hub.cached = {f"model-{i}-of-2.safetensors" for i in (1, 2)}
-    room.announce(THREE, THREE)
+    room.announce("llama", THREE, THREE, "*.safetensors")
     monkeypatch.undo()  # and the hub is out of reach
-    room.announce(THREE, THREE)
+    room.announce("llama", THREE, THREE, "*.safetensors")
     assert capsys.readouterr() == ("", "")
 
 
