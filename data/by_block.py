@@ -14,6 +14,7 @@ from libragrad_minimal.attribution import attribute, attribute_many
 from libragrad_minimal.batches import Batch, Settings, Subject, opened, subject
 from libragrad_minimal.benchmark import load
 from libragrad_minimal.examples import open_data
+from libragrad_minimal.files import whole_file
 from libragrad_minimal.metrics import mean_and_error, pointing_game, segmentation_ap
 
 VIT_TINY = "vit_tiny_patch16_224.augreg_in21k_ft_in1k"
@@ -59,5 +60,7 @@ def measured(of: Subject, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
 
 
 if __name__ == "__main__":
-    by_block(sys.argv[1]).round(4).to_csv(FILE, index=False)
+    table = by_block(sys.argv[1]).round(4)
+    with whole_file(FILE) as beside:
+        table.to_csv(beside, index=False)
     print(f"wrote {FILE}")

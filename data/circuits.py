@@ -17,12 +17,13 @@ from collections import Counter, defaultdict
 from pathlib import Path
 
 import numpy as np
+import progress
 import torch
 from tqdm import tqdm
 
 from libragrad_minimal import ATTN_LRP, LIBRA, PLAIN
 from libragrad_minimal.circuits import attribution_patching, patching
-from libragrad_minimal.files import only_one, whole_file
+from libragrad_minimal.files import whole_file
 from libragrad_minimal.metrics import mean_and_error
 from libragrad_minimal.models import load_pretrained
 
@@ -151,11 +152,8 @@ def main() -> None:
     elif options.what == "pairs":
         print_pairs(options.model)
     else:
-        try:
-            with only_one(RESULT):
-                measure(options.model)
-        except BlockingIOError as error:
-            parser.error(str(error))
+        with progress.alone(RESULT):
+            measure(options.model)
 
 
 if __name__ == "__main__":

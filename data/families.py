@@ -16,11 +16,12 @@ import argparse
 from pathlib import Path
 
 import pandas as pd
+import progress
 
 from libragrad_minimal.batches import PROTOCOLS, Settings
 from libragrad_minimal.benchmark import run
 from libragrad_minimal.demo_vits import VITS
-from libragrad_minimal.files import only_one, whole_file
+from libragrad_minimal.files import whole_file
 from libragrad_minimal.methods import reads_of
 from libragrad_minimal.recording import BETWEEN, MAP_GRADIENTS, MAPS
 
@@ -75,7 +76,7 @@ if __name__ == "__main__":
     parser.add_argument("--runs", nargs="+", choices=RUNS, default=list(RUNS), help="default: all")
     parser.add_argument("--count", type=int, default=50, help="scenes of two objects (default: %(default)s)")
     options = parser.parse_args()
-    with only_one(TABLE):
+    with progress.alone(TABLE):
         FOLDER.mkdir(parents=True, exist_ok=True)
         files = []
         for family in options.families:

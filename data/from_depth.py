@@ -10,13 +10,14 @@ import sys
 from pathlib import Path
 
 import pandas as pd
+import progress
 import torch
 
 from libragrad_minimal.attribution import attribute
 from libragrad_minimal.batches import Batch, Settings, Subject, deletions, opened, subject
 from libragrad_minimal.benchmark import load, spread
 from libragrad_minimal.examples import open_data
-from libragrad_minimal.files import only_one, whole_file
+from libragrad_minimal.files import whole_file
 from libragrad_minimal.methods import NAMED_RULES
 
 VIT_TINY = "vit_tiny_patch16_224.augreg_in21k_ft_in1k"
@@ -61,6 +62,6 @@ def from_depth(source: str, count: int = 300) -> None:
 
 
 if __name__ == "__main__":
-    with only_one(FILE):
+    with progress.alone(FILE):
         from_depth(sys.argv[1])
     print(f"\nwrote {FILE}")

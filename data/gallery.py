@@ -21,6 +21,7 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
+import progress
 import torch
 from PIL import Image
 from sklearn.metrics import average_precision_score
@@ -31,7 +32,7 @@ from libragrad_minimal import ALI_LRP, ATTN_LRP, CP_LRP, DECOMPX, LIBRA, METHODS
 from libragrad_minimal.attribution import attribute_many
 from libragrad_minimal.batches import subject
 from libragrad_minimal.dropping import drop_tokens
-from libragrad_minimal.files import only_one, whole_file
+from libragrad_minimal.files import whole_file
 from libragrad_minimal.methods import uses_gradients
 from libragrad_minimal.metrics import (
     AUTHORS_PROTOCOL,
@@ -189,9 +190,9 @@ def main() -> None:
     load, draw, count, measure = BENCHMARKS[args.benchmark]
     file = FOLDER / f"gallery_{args.benchmark}.npz"
     try:
-        with only_one(file):
+        with progress.alone(file):
             complete(file, load(), draw, args.count or count, args.chunk, measure)
-    except (BlockingIOError, OtherMethods) as error:
+    except OtherMethods as error:
         parser.error(str(error))
 
 

@@ -1,14 +1,19 @@
-"""What an interrupted training goes on from, in one file: it is that of the last step saved, or of the one before."""
+"""Long runs: one process at a time, and what an interrupted training goes on from.
+
+That is one file, of the last step saved or of the one before.
+"""
 
 import os
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from threading import Thread
 from typing import Any
 
 import torch
 
-from libragrad_minimal.files import whole_file
+from libragrad_minimal.files import only_one, whole_file
 
 FOLDER = Path(__file__).resolve().parent / ".cache"  # not in git
 
@@ -30,6 +35,16 @@ def save(file: Path, settings: dict[str, Any], state: dict[str, Any]) -> None:
     file.parent.mkdir(exist_ok=True)
     with whole_file(file) as unfinished:
         torch.save(state | {"settings": settings}, unfinished)
+
+
+@contextmanager
+def alone(file: Path) -> Iterator[None]:
+    """Inside, no other process makes `file`; a second one ends with the sentence that says so."""
+    try:
+        with only_one(file):
+            yield
+    except BlockingIOError as error:
+        raise SystemExit(str(error)) from None
 
 
 def end_with_the_run(worker: int) -> None:

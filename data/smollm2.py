@@ -18,13 +18,14 @@ import json
 from pathlib import Path
 
 import pandas as pd
+import progress
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
 from libragrad_minimal import ATTN_LRP, CP_LRP, LIBRA, PLAIN
 from libragrad_minimal.attribution import Attribution, attribute, attribute_many
-from libragrad_minimal.files import only_one, whole_file
+from libragrad_minimal.files import whole_file
 from libragrad_minimal.metrics import AUTHORS_PROTOCOL, deletion, mask_tokens, mean_and_error
 from libragrad_minimal.models import LoadedModel, load_pretrained, token_texts
 
@@ -118,7 +119,7 @@ def order(llama: LoadedModel) -> list[tuple[int, dict, bool]]:
 
 
 def measure(llama: LoadedModel) -> None:
-    with only_one(TABLE):
+    with progress.alone(TABLE):
         done = pd.read_parquet(TABLE) if TABLE.exists() else pd.DataFrame({"prompt": [], "begin": []})
         for number, prompt, begin in tqdm(order(llama), disable=None):
             there = (done["prompt"] == number) & ((done["begin"] != "") == begin)

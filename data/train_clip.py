@@ -24,7 +24,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from libragrad_minimal.checkpoints import read_checkpoint
-from libragrad_minimal.files import only_one, whole_file
+from libragrad_minimal.files import whole_file
 from libragrad_minimal.models import load_demo
 from libragrad_minimal.scenes import CLASSES, COLOURS, TRAINING_SEED, Scene, caption, draw_scene
 
@@ -313,9 +313,6 @@ if __name__ == "__main__":
     torch.set_num_threads(options.threads)
     torch.set_flush_denormal(True)
     if not options.evaluate:
-        try:
-            with only_one(CHECKPOINT):
-                train(options.steps, options.seed)
-        except BlockingIOError as error:
-            parser.error(str(error))
+        with progress.alone(CHECKPOINT):
+            train(options.steps, options.seed)
     evaluate(count=1984)

@@ -35,7 +35,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from tqdm import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from libragrad_minimal.files import only_one, whole_file
+from libragrad_minimal.files import whole_file
 from libragrad_minimal.models import load_demo
 
 HERE = Path(__file__).resolve().parent
@@ -311,11 +311,8 @@ def main() -> None:
     )
     options = parser.parse_args()
     if not options.evaluate:
-        try:
-            with only_one(MODEL_FILE):
-                save(*train(options.steps, options.rows, options.learning_rate, options.seed))
-        except BlockingIOError as error:
-            parser.error(str(error))
+        with progress.alone(MODEL_FILE):
+            save(*train(options.steps, options.rows, options.learning_rate, options.seed))
     evaluate(options.questions)
 
 

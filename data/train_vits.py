@@ -24,7 +24,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from libragrad_minimal.demo_vits import SIDE, build
-from libragrad_minimal.files import only_one, whole_file
+from libragrad_minimal.files import whole_file
 from libragrad_minimal.models import load_demo
 from libragrad_minimal.scenes import CLASSES, TRAINING_SEED, draw_scene
 
@@ -224,9 +224,6 @@ if __name__ == "__main__":
     torch.set_num_threads(options.threads)
     torch.set_flush_denormal(True)
     if not options.evaluate:
-        try:
-            with only_one(checkpoint(options.name)):
-                train(options.name, options.steps or RECIPES[options.name].steps, options.seed)
-        except BlockingIOError as error:
-            parser.error(str(error))
+        with progress.alone(checkpoint(options.name)):
+            train(options.name, options.steps or RECIPES[options.name].steps, options.seed)
     evaluate(options.name, count=2000)

@@ -33,6 +33,7 @@ from .metrics import (
 )
 from .models import LoadedModel
 from .prompts import encode_prompts
+from .sentences import shown
 from .targets import Against, Probability
 
 METRICS = ("completeness", "deletion", "segmentation")
@@ -93,6 +94,8 @@ class Settings:
                 raise ValueError(f"unknown {what} {', '.join(unknown) or '(none given)'}; there are {', '.join(known)}")
         if min(self.batch, self.threads, 1 if self.count is None else self.count) < 1:
             raise ValueError("batch, threads and count must be at least 1")
+        if any("\ud800" <= character <= "\udfff" for character in self.model + self.data):
+            raise ValueError("the name of the model or of the data holds bytes that are no text: rename the folder")
 
 
 # ---- the model, the examples -----------------------------------------------------------------------------------------
@@ -233,9 +236,15 @@ def measured(of: Subject, examples: Sequence[Example], settings: Settings) -> pd
     return pd.DataFrame([EMPTY | row for row in rows]).astype({"value": "float32", "explained class": int})
 
 
+def skipped(reasons: dict[str, str]) -> list[dict[str, Any]]:
+    return [
+        {"example": name, "metric": "skipped", "note": shown(f"{name}: {reason}")} for name, reason in reasons.items()
+    ]
+
+
 def rows_of(of: Subject, examples: Sequence[Example], settings: Settings) -> list[dict[str, Any]]:
     batch, reasons = opened(of, examples, settings)
-    rows = [{"example": name, "metric": "skipped", "note": f"{name}: {reason}"} for name, reason in reasons.items()]
+    rows = skipped(reasons)
     if batch is None:
         return rows
     classes = batch.explained(settings.target)
@@ -243,8 +252,7 @@ def rows_of(of: Subject, examples: Sequence[Example], settings: Settings) -> lis
     odd = not_finite(batch, results)
     if odd:
         rest = [example for example in examples if example.name not in odd | reasons]
-        rows += [{"example": name, "metric": "skipped", "note": f"{name}: {reason}"} for name, reason in odd.items()]
-        return rows + (rows_of(of, rest, settings) if rest else [])
+        return rows + skipped(odd) + (rows_of(of, rest, settings) if rest else [])
     return rows + [
         {"example": name, "method": method, "rules": rules, "protocol": protocol, "metric": metric}
         | {"value": value, "explained class": chosen}

@@ -40,7 +40,7 @@ from .outputs import KINDS, checked, one_each, writable
 from .pages import page
 from .pictures import EXTENSIONS, open_picture
 from .plots import STRONGEST, Look, Strip, TokenStrips
-from .progress import complain, telling
+from .progress import complain, tell, telling
 from .relevance import MS_MARCO, CrossEncoder, load_cross_encoder
 from .relevance import relevance as relevance_of
 from .sweep import RAW, WRONG, Bounds, read, summary, sweep
@@ -352,7 +352,7 @@ def demo(output: Path, overwrite: bool) -> int:
     output.parent.mkdir(parents=True, exist_ok=True)
     with whole_file(output) as beside:
         beside.write_text(made, encoding="utf-8")
-    click.echo(f"wrote {output}")
+    tell(f"wrote {output}")
     return 0
 
 
@@ -395,7 +395,7 @@ def sweep_models(library, pattern, processes, seconds, gigabytes, output) -> int
         sweep(library, names, path, processes, Bounds(seconds, gigabytes))
     rows = [row for row in read(path) if row["model"] in set(names)]
     click.echo(summary(rows))
-    click.echo(f"wrote {path}")
+    tell(f"wrote {path}")
     return int(any(row["attribute"].startswith((RAW, WRONG)) or row["engine"] in (RAW, WRONG) for row in rows))
 
 
@@ -455,7 +455,7 @@ def benchmark(device_map, csv, compare, output, **given) -> int:  # fmt: skip
     with telling(f"measuring {settings.model} on {settings.data}", has_bar=True):
         path = benchmark.run(settings, output, device_map)
     if path is None:
-        click.echo(f"this process's share is done; the table in {output} comes when the others are")
+        tell(f"this process's share is done; the table in {output} comes when the others are")
         return 0
     table = benchmark.read_table(output)
     if csv:
@@ -465,7 +465,7 @@ def benchmark(device_map, csv, compare, output, **given) -> int:  # fmt: skip
     with whole_file(path.with_name("report.html")) as page_file:
         page_file.write_text(report.page(table, told), encoding="utf-8")
     counted = f"{report.measured(table)} examples measured, {len(benchmark.skipped(table))} skipped"
-    click.echo(f"{counted}; wrote {path}, figure.png and report.html beside it")
+    tell(f"{counted}; wrote {path}, figure.png and report.html beside it")
     return 0
 
 
@@ -563,5 +563,5 @@ def save_scores(
 def say(result: Attribution, titles: Sequence[str], place: Path) -> None:
     for title, output, error in zip(titles, result.output, result.completeness_error, strict=True):
         known = "" if error.isnan() else f", completeness error {error:.1e}"
-        tqdm.write(f"{title}: output {output:.3f}{known}")
-    tqdm.write(f"wrote {place}")
+        tell(f"{title}: output {output:.3f}{known}")
+    tell(f"wrote {place}")

@@ -19,6 +19,7 @@ from PIL import Image, UnidentifiedImageError
 from .models import LoadedModel
 from .pictures import open_file, open_picture
 from .scenes import CLASSES, COLOURS, draw_scene
+from .sentences import shown
 
 SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff"}
 
@@ -32,6 +33,9 @@ class Example:
     labels: tuple[int, ...] = ()  # the classes that are right; () if unknown
     mask: Callable[[], np.ndarray] | None = None  # (H, W) bool, the object's pixels
     text: str | None = None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "name", shown(self.name))  # of a file it may hold bytes that no table can
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,6 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Sequence
 from functools import cache
-from html import escape
 from importlib.util import find_spec
 from typing import Any
 
@@ -22,8 +21,9 @@ from .attribution import Attribution, attribute
 from .hovering import PatchMap
 from .methods import METHODS, NAMED_RULES
 from .models import LoadedModel, seen_picture, token_texts
-from .plots import Strip, TokenStrips, shown
+from .plots import Strip, TokenStrips
 from .prompts import encode_prompts
+from .sentences import in_html
 
 ONE_GRADIENT = [
     name for name in METHODS if not name.startswith(("IG", "SmoothGrad", "Occluded"))
@@ -68,7 +68,7 @@ class Explorer:
         try:
             return self.show(**asked)._repr_html_()
         except (ValueError, NotImplementedError) as refused:
-            return f'<div role="alert">{escape(shown(str(refused)))}</div>'
+            return f'<div role="alert">{in_html(refused)}</div>'
 
     def widget(self) -> Any:
         """Menus and fields above the map, which follows them. Needs ipywidgets."""

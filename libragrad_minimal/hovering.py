@@ -8,13 +8,13 @@ from __future__ import annotations
 import base64
 import io
 from collections.abc import Sequence
-from html import escape
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
-from .plots import NEGATIVE, POSITIVE, STRONGEST, blended, shown, visible
+from .plots import NEGATIVE, POSITIVE, STRONGEST, blended, visible
+from .sentences import in_html
 
 TITLE = "line-height:1.3;opacity:.75;font-size:13px"
 TOKEN = "font:12px monospace;white-space:pre;padding:0 .3em"
@@ -46,8 +46,8 @@ class PatchMap:
         cells = "".join(f'<i title="{score:+.3g}"></i>' for score in self.scores.flat)
         grid = f"position:absolute;inset:0;display:grid;grid-template:repeat({rows},1fr)/repeat({columns},1fr)"
         frame = f"position:relative;width:{self.width}px;max-width:100%"
-        image = f'<img alt="{escape(self.described())}" src="{self._source()}" style="width:100%;display:block">'
-        title = f'<div style="{TITLE}">{escape(shown(self.title))}</div>'
+        image = f'<img alt="{in_html(self.described())}" src="{self._source()}" style="width:100%;display:block">'
+        title = f'<div style="{TITLE}">{in_html(self.title)}</div>'
         return f'{title}<div style="{frame}">{image}<div style="{grid}">{cells}</div></div>'
 
     def _source(self) -> str:
@@ -86,12 +86,12 @@ class TokenMatrix:
 
     def _repr_html_(self) -> str:
         head = "".join(
-            f'<th scope="col" style="{TOKEN};writing-mode:vertical-rl;text-align:left">{escape(visible(token))}</th>'
+            f'<th scope="col" style="{TOKEN};writing-mode:vertical-rl;text-align:left">{in_html(visible(token))}</th>'
             for token in self.columns
         )
         body = "".join(self._row(row) for row in range(len(self.rows)))
         return (
-            f'<div style="{TITLE}">{escape(shown(self.title))}</div><div style="overflow-x:auto" tabindex="0">'
+            f'<div style="{TITLE}">{in_html(self.title)}</div><div style="overflow-x:auto" tabindex="0">'
             f'<table style="border-collapse:collapse"><tr><td></td>{head}</tr>{body}</table></div>'
         )
 
@@ -99,10 +99,10 @@ class TokenMatrix:
         known = np.nan_to_num(self.scores[row])
         largest = np.abs(known).max(initial=0) or 1
         cells = "".join(
-            f'<td title="{escape(visible(token))}: {told(score)}" style="{colour(strength / largest)}"></td>'
+            f'<td title="{in_html(visible(token))}: {told(score)}" style="{colour(strength / largest)}"></td>'
             for token, score, strength in zip(self.columns, self.scores[row], known, strict=True)
         )
-        name = escape(visible(self.rows[row]))
+        name = in_html(visible(self.rows[row]))
         return f'<tr><th scope="row" style="{TOKEN};text-align:right">{name}</th>{cells}</tr>'
 
 

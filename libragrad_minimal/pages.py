@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import base64
 import io
-from html import escape
 
 from matplotlib.figure import Figure
+
+from .sentences import in_html
 
 STYLE = """
 body{font-family:system-ui,sans-serif;max-width:72em;margin:2em auto;padding:0 1em;color-scheme:light dark}
@@ -19,8 +20,8 @@ img{max-width:100%;background:white}
 def page(title: str, body: str) -> str:
     """A whole page. `body` is HTML, what comes from elsewhere in it escaped already."""
     head = '<meta charset="utf-8"><meta name="viewport" content="width=device-width">'
-    head += f"<title>{escape(title)}</title><style>{STYLE}</style>"
-    return f'<!doctype html><html lang="en"><head>{head}</head><body><h1>{escape(title)}</h1>{body}</body></html>\n'
+    head += f"<title>{in_html(title)}</title><style>{STYLE}</style>"
+    return f'<!doctype html><html lang="en"><head>{head}</head><body><h1>{in_html(title)}</h1>{body}</body></html>\n'
 
 
 def embedded(figure: Figure, alternative: str) -> str:
@@ -28,4 +29,4 @@ def embedded(figure: Figure, alternative: str) -> str:
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=100)
     data = base64.b64encode(buffer.getvalue()).decode()
-    return f'<img alt="{escape(alternative)}" src="data:image/png;base64,{data}">'
+    return f'<img alt="{in_html(alternative)}" src="data:image/png;base64,{data}">'

@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from difflib import get_close_matches
-from html import escape
 from textwrap import fill
 from typing import Any
-from unicodedata import category, east_asian_width
+from unicodedata import east_asian_width
 
 import matplotlib
 import matplotlib.pyplot as plt
@@ -17,6 +16,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from .fonts import OWN_MONO, characters, families_for, file_of
+from .sentences import in_html, shown
 
 POSITIVE, NEGATIVE = (213, 94, 0), (0, 114, 178)  # Okabe and Ito's vermilion and blue: told apart by colour-blind eyes
 # Opacities of the highest score's colour and of a muted token: text keeps a contrast of 4.5 to 1, on light pages and on
@@ -61,7 +61,6 @@ LOOK, STRIP_LOOK = Look(), Look(alpha=STRONGEST)
 # --- token strips -----------------------------------------------------------------------------------------------------
 
 VISIBLE = {" ": "·", "\n": "↵", "\r": "␍", "\t": "⇥"}
-TURNING = "\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"  # the direction of reading
 
 
 @dataclass
@@ -116,13 +115,8 @@ def visible(token: str) -> str:
     return shown("".join(VISIBLE.get(character, character) for character in token))
 
 
-def shown(text: str) -> str:
-    """A text with its control characters written out, [U+202E]: some turn what follows around, so that it lies."""
-    return "".join(f"[U+{ord(c):04X}]" if c in TURNING or category(c) == "Cc" else c for c in text)
-
-
 def _strip_html(strip: Strip, look: Look) -> str:
-    title = f'<div style="line-height:1.3;opacity:.75;font-size:13px">{escape(shown(strip.title))}</div>'
+    title = f'<div style="line-height:1.3;opacity:.75;font-size:13px">{in_html(strip.title)}</div>'
     places = zip(strip.tokens, strip.scores, strip.opacities(look), range(len(strip.tokens)), strict=True)
     spans = "".join(
         _token_html(token, score, opacity, place in strip.muted, look) for token, score, opacity, place in places
@@ -142,7 +136,7 @@ def _token_html(token: str, score: float, opacity: float, muted: bool, look: Loo
         line = ";border-bottom:2px dotted currentColor" if opacity < -0.1 else ""
         paint, hover = f"background:rgba({red},{green},{blue},{look.alpha * abs(opacity):.2f}){line}", f"{score:+.3g}"
     line_break = "<br>" if token.endswith("\n") else ""
-    return f'<span title="{hover}" style="{shape}{paint}">{escape(visible(token))}</span>{line_break}'
+    return f'<span title="{hover}" style="{shape}{paint}">{in_html(visible(token))}</span>{line_break}'
 
 
 def _strips_figure(strips: Sequence[Strip], width: float, look: Look) -> Figure:

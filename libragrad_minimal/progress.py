@@ -1,4 +1,4 @@
-"""A word on stderr: what takes longer than a person waits without one, and what went wrong."""
+"""What a person reads in a terminal: what is done, what takes longer than they wait without a word, what went wrong."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ from contextlib import contextmanager
 from threading import Event, Thread
 
 from tqdm import tqdm
+
+from .sentences import shown
 
 PATIENCE = 2.0  # seconds
 
@@ -21,7 +23,7 @@ def telling(what: str, has_bar: bool = False) -> Iterator[None]:
         what: the block does, such as "loading vit_tiny".
         has_bar: the block shows a bar of its own in a terminal, so nothing more is said there.
     """
-    done, begun = Event(), time.monotonic()
+    what, done, begun = shown(what), Event(), time.monotonic()
 
     def tell() -> None:
         if (has_bar and sys.stderr.isatty()) or done.wait(PATIENCE):
@@ -42,5 +44,10 @@ def telling(what: str, has_bar: bool = False) -> Iterator[None]:
         teller.join()
 
 
+def tell(line: str) -> None:
+    """On stdout; names of files and words of models in it can't rule the terminal."""
+    tqdm.write(shown(line))
+
+
 def complain(message: str) -> None:
-    tqdm.write(f"libragrad: {' '.join(message.split())}", file=sys.stderr)
+    tqdm.write(f"libragrad: {shown(' '.join(message.split()))}", file=sys.stderr)

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from html import escape
+from collections.abc import Iterable, Sequence
 
 import matplotlib.pyplot as plt
 import pandas as pd
@@ -11,6 +10,7 @@ from matplotlib.figure import Figure
 
 from . import pages
 from .benchmark import skipped, summary
+from .sentences import in_html
 from .showing import RULE_COLOURS
 
 SHOWN = ["MIF accuracy", "LIF accuracy", "SRG", "SRG (logit)", "AP", "pointing game"]
@@ -61,10 +61,14 @@ def page(table: pd.DataFrame, settings: Sequence[tuple[str, str]]) -> str:
         f"<p>{measured(table)} examples. Mean ± standard error; the best of a column in bold, where there is one.</p>",
         pages.embedded(figure(table), alternative(cells)),
         f'<div class="wide">{html_table(cells)}</div>',
-        f"<h2>Skipped: {len(left_out)}</h2><ul>{''.join(f'<li>{escape(reason)}</li>' for reason in left_out)}</ul>",
-        f"<h2>Settings</h2><ul>{''.join(f'<li>{escape(name)}: {escape(value)}</li>' for name, value in settings)}</ul>",
+        f"<h2>Skipped: {len(left_out)}</h2>{html_list(left_out)}",
+        f"<h2>Settings</h2>{html_list(f'{name}: {value}' for name, value in settings)}",
     ]
     return pages.page("Benchmark", "".join(body))
+
+
+def html_list(items: Iterable[str]) -> str:
+    return f"<ul>{''.join(f'<li>{in_html(item)}</li>' for item in items)}</ul>"
 
 
 def html_table(cells: pd.DataFrame, shown: int | None = None) -> str:
@@ -75,11 +79,11 @@ def html_table(cells: pd.DataFrame, shown: int | None = None) -> str:
         shown: how many rows are there at first; default: all.
     """
     best = {column: best_of(cells[column].dropna(), column) for column in cells}
-    head = f"<tr><th>run</th>{''.join(f'<th>{escape(str(column))}</th>' for column in cells)}</tr>"
+    head = f"<tr><th>run</th>{''.join(f'<th>{in_html(column)}</th>' for column in cells)}</tr>"
     rows = []
     for run, values in cells.iterrows():
         told = "".join(f"<td>{cell(values[column], values[column] == best[column])}</td>" for column in cells)
-        rows.append(f"<tr><td>{escape(str(run))}</td>{told}</tr>")
+        rows.append(f"<tr><td>{in_html(run)}</td>{told}</tr>")
     top, rest = rows[:shown], rows[shown:] if shown else []
     folded = f"<details><summary>the other {len(rest)} rows</summary><table>{head}{''.join(rest)}</table></details>"
     return f"<table>{head}{''.join(top)}</table>{folded if rest else ''}"

@@ -1,6 +1,23 @@
-"""Strangers' words within our messages."""
+"""Strangers' words within our messages and pages."""
 
 from __future__ import annotations
+
+from html import escape
+from unicodedata import category
+
+TURNING = "\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"  # the direction of reading
+UNWRITABLE = {"Cc", "Cs", "Zl", "Zp"}  # control characters, halves of characters, ends of lines and paragraphs
+
+
+def shown(text: object) -> str:
+    """A text with its control characters written out, [U+202E]: some turn what follows around, so that it lies; some
+    rule a terminal."""
+    return "".join(f"[U+{ord(c):04X}]" if c in TURNING or category(c) in UNWRITABLE else c for c in str(text))
+
+
+def in_html(text: object) -> str:
+    """A text as it stands in HTML, between tags or as an attribute."""
+    return escape(shown(text))
 
 
 def one_line(text: object, longest: int = 300) -> str:

@@ -105,7 +105,7 @@ def is_deliberate(error: Exception) -> bool:
 # All streams and gates are 4 x 4. {a} {b} {c}: streams; {g} {h}: gates; {C} {D}: 4 x 4 constants; {v} {u}: rows;
 # {k}: a column; {w}: a row that nothing else uses; {B} {Z}: a buffer, a complex buffer; {s}: a number; {p}: a number
 # between 0 and 1; {i}: four indices, {j}: a permutation; {M}: a mask; {m}: a stream that may be changed in place.
-# Nothing divides by what may be all but zero, the spread of equal rows, say: that blows up rounding, in any backward pass.
+# Nothing divides by what may be all but zero, the spread of equal rows, say: that blows rounding up.
 
 LINEAR = """
 {a} + {b} | {a} - {b} | -{a} | {a} * {s} | {a} / {s} | torch.add({a}, {b}, alpha={s}) | {a} + {b}[0] | {a}[1] - {b}

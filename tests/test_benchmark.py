@@ -308,6 +308,20 @@ def test_folder_of_another_run(measured, tmp_path):
     assert os.listdir(tmp_path) == ["thesis.txt"]
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="only there names of files are any bytes")
+def test_names_of_files_that_are_no_text(tmp_path):
+    (folder := tmp_path / "pictures" / "cat").mkdir(parents=True)
+    Image.fromarray(draw_scene(1, classes=["cat"]).image).save(folder / "good\udcff.png")
+    (folder / "bad\udcfe.png").write_bytes(b"no picture")
+    few = {"methods": ("IxG",), "rules": ("plain",), "metrics": ("completeness",)}
+    table = pd.read_parquet(run(Settings("vit", f"imagenet:{folder.parent}", **few), tmp_path / "out"))
+    assert set(table["example"]) == {"cat/good[U+DCFF].png", "cat/bad[U+DCFE].png"}
+    assert "bad[U+DCFE].png is not a picture" in benchmark.skipped(table)[0]
+    report.page(table, []).encode()
+    with pytest.raises(ValueError, match="bytes that are no text: rename the folder"):
+        run(Settings("vit", "imagenet:pictures\udcff", **few), tmp_path / "another")
+
+
 # ---- comparisons, report ---------------------------------------------------------------------------------------------
 
 
@@ -347,6 +361,8 @@ def test_report_says_every_mean_and_escapes_names(measured):
     skipped = pd.DataFrame({"example": ["<b>"], "metric": ["skipped"], "note": ["<script>alert(1)</script>: damaged"]})
     page = report.page(pd.concat([table, skipped]), [("data", "imagenet:<i>")])
     assert "<script>alert" not in page and "&lt;script&gt;" in page and "imagenet:&lt;i&gt;" in page
+    strange = report.page(pd.concat([table, skipped.assign(note="a\u202eb\x1b[2J")]), [("data", "\u2067c")])
+    assert "<li>a[U+202E]b[U+001B][2J</li>" in strange and "data: [U+2067]c" in strange
     (mean,) = summary(table).query("method == 'GenAtt' and rules == 'libra' and metric == 'AP'")["mean"]
     assert f"{mean:.3g} ±" in page
 

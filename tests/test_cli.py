@@ -300,6 +300,20 @@ def test_demo_writes_one_page_that_a_browser_shows(tmp_path):
     assert orange > 0.005, "heatmaps and strips are visible"
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="no such names there")
+def test_names_of_files_do_not_rule_the_terminal(scene, tmp_path, capsys):
+    """A folder that a stranger packed: one name clears the screen, one turns what follows it around."""
+    folder = tmp_path / "strange"
+    folder.mkdir()
+    shutil.copy(scene, folder / "cat\x1b[2J.png")
+    (folder / "cat\u202egnp.png").write_bytes(b"no picture")
+    assert run("image", folder, *DEMO, "-o", tmp_path / "out") == 2
+    said = capsys.readouterr()
+    assert (tmp_path / "out" / "cat\x1b[2J.png").exists()
+    assert "cat[U+001B][2J.png" in said.out and "cat[U+202E]gnp.png is not a picture" in said.err
+    assert all(line.isprintable() for line in (said.out + said.err).splitlines())
+
+
 def test_integrated_gradients_run_plain_by_default(tmp_path, capsys):
     needs_demo("llama")
     command = ["text", "Ben has a red kite.", *DEMO, "--method", "ig", "-o", str(tmp_path / "out.html")]
