@@ -278,7 +278,8 @@ def _download_llama(name: str, device_map: str | None) -> LoadedModel:
     place, file = place_of(name)
     if device_map is None:  # else nobody knows which memory is meant
         announce("llama", name, place, *(file.values() or ["*.safetensors"]))
-    safe = {"trust_remote_code": False, "config": config_of_weights(name), **file}  # said aloud, or transformers asks
+    config = config_of_weights(name, AutoModelForCausalLM)
+    safe = {"trust_remote_code": False, "config": config, **file}  # said aloud, or transformers asks
     tokenizer = AutoTokenizer.from_pretrained(place, **safe)
     safe |= _unpacked() if file else {"use_safetensors": True}
     options = {"dtype": dtype, "device_map": device_map, "output_loading_info": True}

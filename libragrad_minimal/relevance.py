@@ -56,7 +56,7 @@ def load_cross_encoder(name: str = MS_MARCO) -> CrossEncoder:
 
     try:
         with in_one_sentence(f"{name} can't be loaded"):
-            config = config_of_weights(name)
+            config = config_of_weights(name, AutoModelForSequenceClassification)
             if config.num_labels != 1:
                 raise ValueError(f"{name} is no cross-encoder: it tells {config.num_labels} classes apart; {CURE}")
             options = {"config": config, "trust_remote_code": False}

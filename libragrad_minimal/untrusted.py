@@ -11,6 +11,7 @@ import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.metadata import version
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -88,7 +89,7 @@ def transformers_config(name: str) -> Any:
     place, file = place_of(name)
     with in_one_sentence(f"{name} has a config that can't be used"):
         if file:
-            tensor_names(name)  # what a file counts is checked before a library counts on it
+            stored_shapes(name)  # what a file counts is checked before a library counts on it
             tell_gguf_version()
         refuse_remote_code(PreTrainedConfig.get_config_dict(place, **file)[0], name)  # all that is said
         config = AutoConfig.from_pretrained(place, trust_remote_code=False, **file)
@@ -107,37 +108,54 @@ def tell_gguf_version() -> None:
     vars(gguf).setdefault("__version__", version("gguf"))
 
 
-def config_of_weights(name: str) -> Any:
-    """As `transformers_config`, of a model that is to be loaded: no more layers than the file has weights for.
+def config_of_weights(name: str, kind: Any) -> Any:
+    """As `transformers_config`, of a model that is to be loaded: one that its file's own tensors can fill.
 
+    Args:
+        kind: what loads it, such as AutoModelForCausalLM.
     Raises:
-        ValueError: there are more; transformers would build them all and fill them with random numbers.
+        ValueError: there are more layers, or larger ones; transformers would build them all and fill them with random
+            numbers.
     """
     config = transformers_config(name)
-    numbers = [int(part) for tensor in tensor_names(name) for part in tensor.split(".") if part.isdecimal()]
+    shapes = stored_shapes(name)
+    numbers = [int(part) for tensor in shapes for part in tensor.split(".") if part.isdecimal()]
     for path, value in entries(config):
         if numbers and path.endswith(("layers", "n_layer")) and isinstance(value, int) and value > max(numbers) + 1:
             raise ValueError(f"{name} has weights of {max(numbers) + 1} layers, and its config {path[1:]} = {value}")
+    with in_one_sentence(f"{name} has a config that can't be used"), torch.device("meta"):  # which takes no memory
+        model = kind.from_config(config, trust_remote_code=False)
+    described, stored = sum(part.numel() for part in model.parameters()), sum(map(prod, shapes.values()))
+    # Two matrices may be tied and stored as one; of weights of four bits eight may lie in one number.
+    if shapes and described > (16 if getattr(config, "quantization_config", None) else 2) * stored:
+        raise ValueError(f"{name} has {stored:,} weights, and its config describes a model of {described:,}")
     return config
 
 
-def tensor_names(name: str) -> list[str]:
-    """The names of a model's tensors, from its .gguf, its safetensors or their index; none where it has no such."""
-    from safetensors import safe_open
+def stored_shapes(name: str) -> dict[str, tuple[int, ...]]:
+    """The tensors of a model and their shapes, from the headers of its .gguf or its safetensors; none where it has no
+    such."""
     from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 
     place, gguf = place_of(name)
     if gguf:
-        return list(tensor_shapes(Path(cached_file(place, gguf["gguf_file"]))))
+        return tensor_shapes(Path(cached_file(place, gguf["gguf_file"])))
     missing = ("missing_entries", "gated_repo", "connection_errors")
     optional = {f"_raise_exceptions_for_{what}": False for what in missing}
     with in_one_sentence(f"{name} has weights that can't be read as safetensors"):
-        if file := cached_file(name, SAFE_WEIGHTS_NAME, **optional):
-            with safe_open(file, framework="pt") as opened:
-                return list(opened.keys())
-        if index := cached_file(name, SAFE_WEIGHTS_INDEX_NAME, **optional):
-            return list(json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"])
-    return []
+        files = [cached_file(name, SAFE_WEIGHTS_NAME, **optional)]
+        if files == [None] and (index := cached_file(name, SAFE_WEIGHTS_INDEX_NAME, **optional)):
+            shards = json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"].values()
+            files = [cached_file(name, shard, **optional) for shard in sorted(set(shards))]
+        return dict(pair for file in files if file for pair in shapes_in(file))
+
+
+def shapes_in(file: str) -> Iterator[tuple[str, tuple[int, ...]]]:
+    from safetensors import safe_open
+
+    with safe_open(file, framework="pt") as opened:
+        for key in opened.keys():
+            yield key, tuple(opened.get_slice(key).get_shape())
 
 
 def check_open_clip_config(name: str) -> None:

@@ -194,6 +194,24 @@ def test_a_name_on_the_hub(small, tmp_path, monkeypatch, shards):
         load_pretrained("llama", "someone/small")
 
 
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        {"head_dim": 10**6},
+        {"num_key_value_heads": 10**6},
+        {"hidden_size": 2**20, "intermediate_size": 2**24},
+        {"vocab_size": 10**8},
+        {"model_type": "mixtral", "num_local_experts": 10**5},
+    ],
+    ids=str,
+)
+def test_sizes_that_the_weights_do_not_have(somebodys, sizes, monkeypatch):
+    """transformers would build all of it, and then find that the weights don't fit."""
+    monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", lambda *a, **b: pytest.fail("built"))
+    with pytest.raises(ValueError, match="has 55,136 weights, and its config describes a model of .*,"):
+        load_pretrained("llama", str(with_settings(somebodys, **sizes)))
+
+
 @pytest.mark.parametrize("layers", [2, 10**9])
 def test_layers_without_weights(somebodys, layers):
     """transformers would make up what is missing."""
