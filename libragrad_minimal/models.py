@@ -410,12 +410,12 @@ def _pretrained_clip(name: str) -> LoadedModel:
             f"{tag!r} is neither a file nor weights that open_clip has for {architecture}; "
             f"write {architecture}/FILE, or a tag in place of FILE: {', '.join(tags) or 'none is known'}"
         )
-    if itself:
-        check_open_clip_config(name)
     place = f"{name.split(':')[1]}/" if itself else open_clip.get_pretrained_cfg(architecture, tag).get("hf_hub", "")
     repository, _, file = place.rpartition("/")
     if repository:
         announce("clip", name, repository, file or "open_clip*.safetensors", "open_clip*.bin")
+    if itself:
+        check_open_clip_config(name)
     try:
         model, _, transform = open_clip.create_model_and_transforms(architecture, tag or None)
     except (OSError, RuntimeError) as error:

@@ -23,6 +23,8 @@ from .sentences import one_line
 # What transformers computes by itself; by all other names it loads libraries, some of them from the hub.
 OWN = ("eager", "sdpa", "flex_attention", "batched_mm", "grouped_mm")
 
+DEEPEST = 1000  # layers; today's deepest models have a hundred
+
 
 def refuse_remote_code(config: Any, name: str) -> None:
     """Raises if a config, or one within it, says that somebody's code is to be fetched and run.
@@ -159,15 +161,45 @@ def shapes_in(file: str) -> Iterator[tuple[str, tuple[int, ...]]]:
 
 
 def check_open_clip_config(name: str) -> None:
-    """As `transformers_config` does, of a model that holds its own shape ("hf-hub:owner/name", "local-dir:folder")."""
+    """As `config_of_weights`, of a model that holds its own shape ("hf-hub:owner/name", "local-dir:folder").
+
+    Raises:
+        ValueError: it names code, can't be understood, or describes more numbers than its file has bytes.
+    """
     import open_clip
 
     with in_one_sentence(f"{name} has a config that can't be used"):
         config = open_clip.get_model_config(name)
         refuse_remote_code(config, name)
         text_tower = config.get("text_cfg", {}).get("hf_model_name")
-    if text_tower:
-        transformers_config(text_tower)
+    for described in (config, transformers_config(text_tower) if text_tower else {}):
+        for path, value in entries(described):
+            if path.endswith("layers") and isinstance(value, int) and value > DEEPEST:
+                raise ValueError(f"{name} has a config of {one_line(value, 40)} layers; no model has over {DEEPEST}")
+    file = open_clip_file(name)
+    with in_one_sentence(f"{name} has a config that can't be used"), torch.device("meta"):
+        try:
+            model = open_clip.create_model(name, load_weights=False, pretrained_text=False, device="meta")
+        except NotImplementedError:  # older timm can't lay out every model without memory
+            return
+    numbers, size = sum(part.numel() for part in model.parameters()), file.stat().st_size if file else 0
+    if file and numbers > size:
+        raise ValueError(f"{name} has weights of {size:,} bytes, and its config describes {numbers:,} weights")
+
+
+def open_clip_file(name: str) -> Path | None:
+    """The weights that open_clip will load; of a folder without its names the largest."""
+    from transformers.utils import cached_file
+
+    scheme, _, place = name.partition(":")
+    missing = ("missing_entries", "gated_repo", "connection_errors")
+    optional = {f"_raise_exceptions_for_{what}": False for what in missing}
+    names = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")
+    found = [Path(file) for file in (cached_file(place, known, **optional) for known in names) if file]
+    if not found and scheme == "local-dir":
+        found = [file for file in Path(place).glob("*") if file.suffix in (".safetensors", ".bin", ".pth")]
+        found.sort(key=lambda file: file.stat().st_size, reverse=True)
+    return found[0] if found else None
 
 
 @contextmanager

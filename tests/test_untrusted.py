@@ -150,6 +150,32 @@ def test_a_text_tower_that_names_a_kernel(open_clips, small, no_kernels, tmp_pat
         load_pretrained("clip", with_text_settings(open_clips, hf_model_name=str(tower)))
 
 
+@pytest.mark.parametrize(
+    ("tower", "sizes"),
+    [
+        ("text_cfg", {"layers": 10**9}),
+        ("vision_cfg", {"layers": 900, "width": 4096}),
+        ("text_cfg", {"width": 10**7}),
+        ("text_cfg", {"vocab_size": 10**9}),
+        ("text_cfg", {"context_length": 10**9}),
+        ("vision_cfg", {"image_size": 10**6}),
+        ("vision_cfg", {"mlp_ratio": 1e6}),
+    ],
+    ids=str,
+)
+def test_towers_that_the_weights_cannot_fill(open_clips, tower, sizes, monkeypatch):
+    """open_clip would build them, and then find that the weights don't fit."""
+    import open_clip
+
+    file = open_clips / "open_clip_config.json"
+    config = json.loads(file.read_text())
+    config["model_cfg"][tower] |= sizes
+    file.write_text(json.dumps(config))
+    monkeypatch.setattr(open_clip, "create_model_and_transforms", lambda *a, **b: pytest.fail("built"))
+    with pytest.raises(ValueError, match="its config describes .* weights|no model has over 1000"):
+        load_pretrained("clip", f"local-dir:{open_clips}")
+
+
 # ---- damaged configs of other people's models ------------------------------------------------------------------------
 
 
