@@ -33,7 +33,7 @@ from .metrics import (
 )
 from .models import LoadedModel
 from .prompts import encode_prompts
-from .sentences import shown
+from .sentences import check_text, shown
 from .targets import Against, Probability
 
 METRICS = ("completeness", "deletion", "segmentation")
@@ -94,8 +94,8 @@ class Settings:
                 raise ValueError(f"unknown {what} {', '.join(unknown) or '(none given)'}; there are {', '.join(known)}")
         if min(self.batch, self.threads, 1 if self.count is None else self.count) < 1:
             raise ValueError("batch, threads and count must be at least 1")
-        if any("\ud800" <= character <= "\udfff" for character in self.model + self.data):
-            raise ValueError("the name of the model or of the data holds bytes that are no text: rename the folder")
+        check_text(self.model, "the model's name")
+        check_text(self.data, "the name of the data")
 
 
 # ---- the model, the examples -----------------------------------------------------------------------------------------

@@ -18,6 +18,7 @@ from .methods import NAMED_RULES
 from .models import LoadedModel, seen_picture, token_texts
 from .plots import LOOK, Look, Strip, heatmaps
 from .prompts import attribute_prompts
+from .sentences import check_text
 
 
 def attribute_classes(
@@ -52,8 +53,7 @@ def attribute_text(
     """
     if not prompt.strip():
         raise ValueError("the prompt is empty")
-    if any("\ud800" <= character <= "\udfff" for character in prompt):
-        raise ValueError("the prompt isn't UTF-8: it holds bytes that are no text")
+    check_text(prompt, "the prompt")
     tokens = loaded.tokenizer(prompt, return_tensors="pt", verbose=False).to(loaded.model.device)
     inputs = {name: tokens[name] for name in ("input_ids", "attention_mask")}
     check_inputs(loaded.model, inputs)
@@ -80,6 +80,7 @@ def attribute_text(
 
 def find_token(loaded: LoadedModel, word: str) -> int:
     """The token that begins `word` within a text."""
+    check_text(word, f"the word {word!r}")
     for text in (" " + word.lstrip(), word):
         ids = loaded.tokenizer(text, add_special_tokens=False)["input_ids"]
         if ids and ids[0] != loaded.tokenizer.unk_token_id and loaded.tokenizer.decode([ids[0]]).strip():

@@ -23,7 +23,7 @@ from .methods import METHODS, NAMED_RULES
 from .models import LoadedModel, seen_picture, token_texts
 from .plots import Strip, TokenStrips
 from .prompts import encode_prompts
-from .sentences import in_html
+from .sentences import check_text, in_html
 
 ONE_GRADIENT = [
     name for name in METHODS if not name.startswith(("IG", "SmoothGrad", "Occluded"))
@@ -147,6 +147,8 @@ def explore_llama(loaded: LoadedModel, prompt: str, answer: str) -> Explorer:
     """
 
     def draw(prompt: str, answer: str, method: str, rules: str, layer: str) -> TokenStrips:
+        check_text(prompt, "the prompt")
+        check_text(answer, "the answer")
         ids = loaded.tokenizer(prompt, return_tensors="pt").input_ids.to(device_of(loaded))
         tokens = loaded.tokenizer(answer, add_special_tokens=False).input_ids
         if not tokens:

@@ -14,7 +14,7 @@ import torch
 from .attribution import Attribution, attribute
 from .engine import Rules
 from .plots import Strip
-from .sentences import one_line
+from .sentences import check_text, one_line
 from .untrusted import config_of_weights, in_one_sentence
 
 MS_MARCO = "cross-encoder/ms-marco-MiniLM-L12-v2"
@@ -93,8 +93,7 @@ def relevance(
     for what, text in {"question": question, "passage": passage}.items():
         if not text.strip():
             raise ValueError(f"the {what} is empty")
-        if any("\ud800" <= character <= "\udfff" for character in text):
-            raise ValueError(f"the {what} isn't UTF-8: it holds bytes that are no text")
+        check_text(text, f"the {what}")
     encoded = encoder.tokenizer(question, passage, return_tensors="pt", return_offsets_mapping=True, verbose=False)
     spans = encoded.pop("offset_mapping")[0].tolist()
     longest = min(encoder.model.config.max_position_embeddings, encoder.tokenizer.model_max_length)

@@ -15,6 +15,12 @@ def shown(text: object) -> str:
     return "".join(f"[U+{ord(c):04X}]" if c in TURNING or category(c) in UNWRITABLE else c for c in str(text))
 
 
+def check_text(text: str, what: str) -> None:
+    """Raises ValueError if there are halves of characters in it, which Python makes of bytes that are no text."""
+    if any(category(character) == "Cs" for character in text):
+        raise ValueError(f"{what} isn't UTF-8: it holds bytes that are no text")
+
+
 def in_html(text: object) -> str:
     """A text as it stands in HTML, between tags or as an attribute."""
     return escape(shown(text))

@@ -180,7 +180,7 @@ def check_open_clip_config(name: str) -> None:
     with in_one_sentence(f"{name} has a config that can't be used"), torch.device("meta"):
         try:
             model = open_clip.create_model(name, load_weights=False, pretrained_text=False, device="meta")
-        except NotImplementedError:  # older timm can't lay out every model without memory
+        except NotImplementedError:  # older libraries can't lay out every tower without memory
             return
     numbers, size = sum(part.numel() for part in model.parameters()), file.stat().st_size if file else 0
     if file and numbers > size:

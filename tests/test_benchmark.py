@@ -318,7 +318,7 @@ def test_names_of_files_that_are_no_text(tmp_path):
     assert set(table["example"]) == {"cat/good[U+DCFF].png", "cat/bad[U+DCFE].png"}
     assert "bad[U+DCFE].png is not a picture" in benchmark.skipped(table)[0]
     report.page(table, []).encode()
-    with pytest.raises(ValueError, match="bytes that are no text: rename the folder"):
+    with pytest.raises(ValueError, match="the name of the data isn't UTF-8: it holds bytes that are no text"):
         run(Settings("vit", "imagenet:pictures\udcff", **few), tmp_path / "another")
 
 

@@ -237,6 +237,7 @@ def test_help_names_the_default_model_and_what_the_demo_knows(capsys):
         (["image", "{scene}", "--model", "no_such_vit"], "no_such_vit"),
         (["text", " ", *DEMO], "empty"),
         (["text", "Ben \udcff", *DEMO], "isn't UTF-8"),
+        (["text", "Ben", "--target", "\udcff", *DEMO], "isn't UTF-8"),
         (["clip", "{scene}", "--prompt", " "], "prompt 1 is empty"),
         (["clip", "{scene}"], "Missing option '-p' / '--prompt'"),
         (["clip", "http://example.org/a.png", "-p", "a cat"], "not an https address"),

@@ -89,6 +89,8 @@ def test_texts_and_answers_can_be_typed():
     assert np.allclose(scores_on_hover(box.children[1].value), expected, rtol=6e-3, atol=1e-9)
     menus(box)["answer"].value = ""
     assert "answer is empty" in box.children[1].value
+    menus(box)["prompt"].value = "half \udcff"
+    assert "the prompt isn&#x27;t UTF-8" in box.children[1].value
 
 
 def test_choices_that_are_not_there():
