@@ -113,8 +113,13 @@ def refuse_other_run(folder: Path, asked: dict[str, Any]) -> None:
                 f"{folder} holds a run with other settings ({', '.join(different)}; there "
                 f"{', '.join(str(there.get(name)) for name in different)}): choose another folder, or remove it"
             )
-    elif folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+    elif folder.exists() and (not folder.is_dir() or not all(map(is_left_behind, folder.iterdir()))):
         raise ValueError(f"{folder} isn't empty and holds no run of this benchmark: choose another folder")
+
+
+def is_left_behind(file: Path) -> bool:
+    """By a run that was killed before it had said what it measures."""
+    return file.suffix in (".lock", ".unfinished")
 
 
 def part(folder: Path, index: int) -> Path:

@@ -308,6 +308,13 @@ def test_folder_of_another_run(measured, tmp_path):
     assert os.listdir(tmp_path) == ["thesis.txt"]
 
 
+def test_a_run_killed_before_its_settings_were_written_goes_on(tmp_path):
+    for name in (".process 0.lock", "settings.json.01234567.unfinished"):
+        (tmp_path / name).touch()
+    few = Settings("vit", "scenes:2", methods=("IxG",), rules=("plain",), metrics=("completeness",))
+    assert run(few, tmp_path).is_file()
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="only there names of files are any bytes")
 def test_names_of_files_that_are_no_text(tmp_path):
     (folder := tmp_path / "pictures" / "cat").mkdir(parents=True)
