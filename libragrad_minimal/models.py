@@ -10,6 +10,7 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial, wraps
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from .checkpoints import LONGEST, Checkpoint, damaged, read_checkpoint
 from .demo_vits import SIDE, VITS, build
 from .room import announce, cause, device_and_dtype, or_a_smaller_one
 from .sentences import one_line
+from .token_bytes import bytes_of, whole_characters
 from .untrusted import check_open_clip_config, config_of_weights, in_one_sentence, place_of
 
 PACKAGE = Path(__file__).resolve().parent
@@ -320,6 +322,9 @@ def _are_texts(value: Any) -> bool:
     return isinstance(value, list) and all(isinstance(item, str) for item in value)
 
 
+CUT = "\N{REPLACEMENT CHARACTER}"  # decoding's word for a part of a character
+
+
 def token_texts(tokenizer: Any, ids: list[int] | Tensor) -> list[str]:
     """Every token as it stands in the text, with its leading space: [" Ben", "'s", " kite"].
 
@@ -327,11 +332,18 @@ def token_texts(tokenizer: Any, ids: list[int] | Tensor) -> list[str]:
         tokenizer: one of transformers.
         ids: (T,) token ids.
     Returns:
-        T strings. A token that is only part of a character (byte-level tokenizers cut some in two) shows as a
-        replacement character.
+        T strings, which together are the text. A character that is cut over several tokens (of byte-level tokenizers)
+        stands whole at the first of them, and the others are ""; one that isn't all there is its bytes, "<E7><BA>".
     """
     tokens = tokenizer.convert_ids_to_tokens(torch.as_tensor(ids).tolist())
-    return [_text_of(token, tokenizer.convert_tokens_to_string([token])) for token in tokens]
+    texts = [_text_of(token, tokenizer.convert_tokens_to_string([token])) for token in tokens]
+    pieces = [bytes_of(token) if CUT in text else None for token, text in zip(tokens, texts, strict=True)]
+    for are_cut, places in groupby(range(len(tokens)), lambda place: pieces[place] is not None):
+        if are_cut:
+            run = list(places)
+            for place, text in zip(run, whole_characters([pieces[place] for place in run]), strict=True):
+                texts[place] = text
+    return texts
 
 
 def _text_of(token: str, alone: str) -> str:

@@ -156,6 +156,17 @@ def test_a_target_that_begins_with_half_a_character_is_named_by_its_word(tmp_pat
     assert "why the first bytes of '\u7ea2' and not ' red' (" in capsys.readouterr().out
 
 
+def test_characters_that_are_cut_over_tokens_stay_readable(tmp_path):
+    needs_demo("llama")
+    text = "Ben has a \u7ea2\u8272 kite \U0001f642"
+    arguments = ["text", text, *DEMO, "--save-scores", tmp_path / "out.npz", "-o", tmp_path / "out.html"]
+    assert run(*arguments) == 0
+    page = (tmp_path / "out.html").read_text(encoding="utf-8")
+    assert all(f">{character}</span>" in page for character in "\u7ea2\u8272\U0001f642") and "\ufffd" not in page
+    saved = np.load(tmp_path / "out.npz")
+    assert "".join(saved["tokens"]).endswith(text) and saved["scores"].shape == (1, len(saved["tokens"]))
+
+
 @pytest.mark.parametrize("family", VITS)
 def test_audit_prints_the_table(family, capsys):
     assert cli.main(["audit", family]) == 0
