@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import io
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from functools import wraps
@@ -36,7 +36,7 @@ from .explanations import (
 from .files import whole_file
 from .methods import METHODS, NAMED_RULES
 from .models import DEMOS, VITS, LoadedModel, Unreachable, load_demo, load_pretrained
-from .outputs import KINDS, checked, one_each, writable
+from .outputs import HTML, KINDS, checked, places, writable
 from .pages import page
 from .pictures import EXTENSIONS, open_picture
 from .plots import STRONGEST, Look, Strip, TokenStrips
@@ -65,18 +65,23 @@ METHOD_HELP += "; or IG or SmoothGrad and the name of one that reads gradients"
 # ---- what is typed ---------------------------------------------------------------------------------------------------
 
 
-class Method(click.ParamType):
-    """A method's name however it is capitalised or joined: attention-rollout, ATTCAT, fullgrad+."""
+class Named(click.ParamType):
+    """One of some names, however it is capitalised or joined: attention-rollout, ATTCAT, fullgrad+; AttnLRP."""
 
-    name = "method"
+    def __init__(self, name: str, known: Iterable[str], listed: str) -> None:
+        self.name, self.listed = name, listed
+        self.known = {self.squeezed(one): one for one in known}
+
+    @staticmethod
+    def squeezed(name: str) -> str:
+        return "".join(c for c in name.lower() if c.isalnum() or c == "+")
 
     def convert(self, value: str, param: click.Parameter | None, ctx: click.Context | None) -> str:
-        squeezed = {"".join(c for c in name.lower() if c.isalnum() or c == "+"): name for name in METHODS}
-        typed = "".join(c for c in value.lower() if c.isalnum() or c == "+")
-        if typed in squeezed:
-            return squeezed[typed]
-        close = [squeezed[name] for name in get_close_matches(typed, squeezed)]
-        return self.fail(f"unknown method {value!r}; there are {', '.join(close) or METHOD_HELP}", param, ctx)
+        typed = self.squeezed(value)
+        if typed in self.known:
+            return self.known[typed]
+        close = [self.known[name] for name in get_close_matches(typed, self.known)]
+        return self.fail(f"unknown {self.name} {value!r}; there are {', '.join(close) or self.listed}", param, ctx)
 
 
 class Several(click.ParamType):
@@ -93,8 +98,18 @@ class Several(click.ParamType):
         return tuple(self.one.convert(name.strip(), param, ctx) for name in value.split(","))
 
 
-RULES = click.Choice(list(NAMED_RULES))
-PATH = click.Path(path_type=Path)
+class At(click.ParamType):
+    """A path, in which ~ is the home."""
+
+    name = "path"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Path:
+        return Path(value).expanduser()
+
+
+METHOD = Named("method", METHODS, METHOD_HELP)
+RULES = Named("rules", NAMED_RULES, RULES_HELP := ", ".join(NAMED_RULES))
+PATH = At()
 
 
 commands: dict[str, click.Command] = {}
@@ -124,28 +139,22 @@ class Asked:
     method: str
     rules: Rules | None
     model: str | None
-    output: Path | None
+    output: str | None
     format: str
-    save_scores: Path | None
+    save_scores: str | None
     overwrite: bool
     look: Look
 
     def figure_and_scores(self, sources: Sequence[str], kinds: Sequence[str]) -> list[tuple[Path, Path | None]]:
         """Where to write for each source, checked: files for one, folders for several."""
-        inputs = [Path(source) for source in sources if "://" not in source]
-        one = len(sources) == 1
-        figure = self.output or Path(f"attribution.{self.format}" if one else "attributions")
-        if not one and figure.suffix.lower() in kinds:
-            raise ValueError(f"{len(sources)} pictures can't all be written to {figure}: name a folder, -o maps")
-        figures, scores = [figure], [self.save_scores]
-        if not one or figure.is_dir() or (figure.suffix == "" and self.output):
-            figures = one_each(sources, figure, f".{self.format}")
-        if self.save_scores and (not one or self.save_scores.is_dir()):
-            scores = list(one_each(sources, self.save_scores, ".npz"))
-        elif not one:
-            scores = [None] * len(sources)
+        inputs = [Path(source).expanduser() for source in sources if "://" not in source]
+        default = f"attribution.{self.format}" if len(sources) == 1 else "attributions"
+        figures = places(default if self.output is None else self.output, sources, kinds, f".{self.format}")
         checked(figures, kinds, self.overwrite, inputs)
-        checked([path for path in scores if path], [".npz"], self.overwrite, inputs)
+        if self.save_scores is None:
+            return [(figure, None) for figure in figures]
+        scores = places(self.save_scores, sources, [".npz"], ".npz")
+        checked(scores, [".npz"], self.overwrite, inputs)
         return list(zip(figures, scores, strict=True))
 
 
@@ -161,17 +170,17 @@ def model_help(kind: str) -> str:
 def explaining(kind: str, default_format: str, formats: Sequence[str], method: str = "FullGrad+") -> Callable:
     """The options that all explanations share; the command gets them as one `Asked`."""
     options = (
-        click.option("--method", type=Method(), default=method, show_default=True, help=f"One of {METHOD_HELP}."),
-        click.option("--rules", type=RULES, help="How gradients flow back.  [default: libra, for IG plain]"),
+        click.option("--method", type=METHOD, default=method, show_default=True, help=f"One of {METHOD_HELP}."),
+        click.option("--rules", type=RULES, help=f"One of {RULES_HELP}.  [default: libra, for IG plain]"),
         click.option(
             "--model",
             help=model_help(kind),
         ),
-        click.option("-o", "--output", type=PATH, help="A file; for several pictures a folder."
+        click.option("-o", "--output", metavar="PATH", help="A file, or a folder; for several pictures a folder."
                      f"  [default: attribution.{default_format}]"),
         click.option("--format", type=click.Choice(formats), default=default_format, show_default=True,
                      help="Of the files in a folder; a single file's is its extension."),
-        click.option("--save-scores", type=PATH, metavar="FILE.npz", help="The numbers behind the picture, too."),
+        click.option("--save-scores", metavar="FILE.npz", help="The numbers behind the picture, too."),
         click.option("--overwrite", is_flag=True, help="Replace files that are there already."),
         click.option("--colormap", metavar="NAME", help="Of matplotlib, its middle for zero, such as RdBu_r."
                      "  [default: orange for, blue against]"),
@@ -292,7 +301,7 @@ def explain_pictures(asked: Asked, photos: Sequence[str], prepare: Callable) -> 
         if scores:
             about = {"photograph": source, "size": photo.size, "crop_box": crop_box(loaded.transform, photo.size)}
             save_scores(scores, result, loaded, asked.method, titles, target=targets, **about)
-        say(result, titles, figure)
+        say(result, titles, figure, scores)
     return 2 if failed else 0
 
 
@@ -303,7 +312,7 @@ def explain_pictures(asked: Asked, photos: Sequence[str], prepare: Callable) -> 
 @explaining("llama", "html", ["html", *FIGURES])
 def text(asked: Asked, prompt: str, target: str | None, against: str | None) -> int:
     """Which words of a text a language model's next word comes from."""
-    ((place, scores),) = asked.figure_and_scores(["attribution"], [".html", *KINDS])
+    ((place, scores),) = asked.figure_and_scores(["attribution"], [*HTML, *KINDS])
     loaded = load("llama", asked.model)
     with telling("explaining the next word"):
         strip, result, chosen = attribute_text(loaded, prompt, target, against, asked.method, asked.rules)
@@ -311,7 +320,7 @@ def text(asked: Asked, prompt: str, target: str | None, against: str | None) -> 
     if scores:
         about = {"tokens": list(strip.tokens), "text": prompt, "against": against or ""}
         save_scores(scores, result, loaded, asked.method, [strip.title], target=[chosen], **about)
-    say(result, [strip.title], place)
+    say(result, [strip.title], place, scores)
     return 0
 
 
@@ -321,7 +330,7 @@ def text(asked: Asked, prompt: str, target: str | None, against: str | None) -> 
 @explaining("relevance", "html", ["html", *FIGURES], method="FullGrad")
 def relevance(asked: Asked, question: str, passage: str) -> int:
     """Which words make a passage answer a question."""
-    ((place, scores),) = asked.figure_and_scores(["attribution"], [".html", *KINDS])
+    ((place, scores),) = asked.figure_and_scores(["attribution"], [*HTML, *KINDS])
     name = asked.model or MS_MARCO
     bars_in_terminals_only()
     with telling(f"loading {name}"):
@@ -335,24 +344,25 @@ def relevance(asked: Asked, question: str, passage: str) -> int:
     if scores:
         about = {"question": question, "passage": passage, "words": found.words, "word_scores": found.scores}
         save_scores(scores, found.attribution, encoder, asked.method, ["relevance"], target=[0], **about)
-    say(found.attribution, ["relevance"], place)
+    say(found.attribution, ["relevance"], place, scores)
     return 0
 
 
 @command("demo -o demo.html")
-@click.option("-o", "--output", type=PATH, default=Path("libragrad_demo.html"), show_default=True)
+@click.option("-o", "--output", metavar="PATH", default="libragrad_demo.html", show_default=True)
 @click.option("--overwrite", is_flag=True, help="Replace a file that is there already.")
-def demo(output: Path, overwrite: bool) -> int:
+def demo(output: str, overwrite: bool) -> int:
     """Everything above on the small models shipped here, offline, on one page."""
     from .demo import demo_page
 
-    checked([output], [".html"], overwrite)
+    (place,) = places(output, ["libragrad_demo"], HTML, ".html")
+    checked([place], HTML, overwrite)
     with telling("explaining three demo models"):
         made = demo_page()
-    output.parent.mkdir(parents=True, exist_ok=True)
-    with whole_file(output) as beside:
+    place.parent.mkdir(parents=True, exist_ok=True)
+    with whole_file(place) as beside:
         beside.write_text(made, encoding="utf-8")
-    click.echo(f"wrote {output}")
+    click.echo(f"wrote {place}")
     return 0
 
 
@@ -386,7 +396,7 @@ def sweep_models(library, pattern, processes, seconds, gigabytes, output) -> int
     """
     path = output or Path()
     path = path / f"sweep_{library}.csv" if path.is_dir() else path
-    writable(path.parent)
+    writable(path)
     names = registered(library, pattern)
     if not names:
         raise ValueError(f"{library} has no model that matches {pattern!r}")
@@ -409,10 +419,8 @@ def sweep_models(library, pattern, processes, seconds, gigabytes, output) -> int
     metavar="KIND:WHERE",
     help="imagenet, imagenet-s, objects, pets, coco, mura, hub, scenes; for texts: texts, hub.",
 )
-@click.option("--methods", type=Several(Method()), metavar="NAME,...", help="With commas: IxG,FullGrad+,LeGrad.")
-@click.option(
-    "--rules", type=Several(RULES), metavar="NAME,...", help=f"Of {', '.join(NAMED_RULES)}.  [default: plain,libra]"
-)
+@click.option("--methods", type=Several(METHOD), metavar="NAME,...", help="With commas: IxG,FullGrad+,LeGrad.")
+@click.option("--rules", type=Several(RULES), metavar="NAME,...", help=f"Of {RULES_HELP}.  [default: plain,libra]")
 @click.option(
     "--metrics",
     type=Several(click.Choice(["completeness", "deletion", "segmentation"])),
@@ -450,7 +458,7 @@ def benchmark(device_map, csv, compare, output, **given) -> int:  # fmt: skip
         return 0
     if not (given["model"] and given["data"]):
         raise ValueError("a benchmark needs --model and --data, or --compare")
-    writable(output)
+    writable(output / "table.parquet")
     settings = benchmark.Settings(**{name: value for name, value in given.items() if value is not None})
     with telling(f"measuring {settings.model} on {settings.data}", has_bar=True):
         path = benchmark.run(settings, output, device_map)
@@ -534,7 +542,7 @@ def save_figure(figure: Figure, path: Path) -> None:
 
 def save_strip(strip: Strip, look: Look, path: Path) -> None:
     strips = TokenStrips(strip, look=look)
-    if path.suffix.lower() != ".html":
+    if path.suffix.lower() not in HTML:
         return save_figure(strips.figure(), path)
     path.parent.mkdir(parents=True, exist_ok=True)
     with whole_file(path) as beside:
@@ -560,8 +568,8 @@ def save_scores(
         beside.write_bytes(buffer.getvalue())
 
 
-def say(result: Attribution, titles: Sequence[str], place: Path) -> None:
+def say(result: Attribution, titles: Sequence[str], place: Path, scores: Path | None) -> None:
     for title, output, error in zip(titles, result.output, result.completeness_error, strict=True):
         known = "" if error.isnan() else f", completeness error {error:.1e}"
         tqdm.write(f"{title}: output {output:.3f}{known}")
-    tqdm.write(f"wrote {place}")
+    tqdm.write(f"wrote {place}" + (f" and {scores}" if scores else ""))

@@ -6,7 +6,7 @@ import warnings
 from functools import cache
 from unicodedata import category, east_asian_width
 
-from matplotlib.font_manager import findSystemFonts, fontManager, get_font, weight_dict
+from matplotlib.font_manager import FontEntry, findSystemFonts, fontManager, get_font, weight_dict
 
 OWN, OWN_MONO = "DejaVu Sans", "DejaVu Sans Mono"  # shipped with matplotlib
 FIRST = ("CJK", "Noto", "Droid", "Hei", "Gothic", "Song", "Ming", "Unicode")  # families that have many scripts
@@ -32,7 +32,7 @@ def families_for(text: str, own: str = OWN) -> list[str]:
         listed = "".join(sorted(missing)[:LISTED]) + "..." * (len(missing) > LISTED)
         packages = " and ".join(sorted(set(map(package, missing))))
         warnings.warn(
-            f"no font on this machine has {listed}: drawn as boxes; install one that has, on Debian or Ubuntu {packages}",
+            f"no font on this machine has {listed}: drawn as boxes; install one that has (on Debian {packages})",
             stacklevel=3,
         )
     return families
@@ -75,7 +75,11 @@ def system_fonts() -> list[tuple[str, str]]:
     upright = (entry for entry in fontManager.ttflist if entry.style == "normal")
     usable = {
         entry.name: entry.fname
-        for entry in sorted(upright, key=lambda entry: -abs(weight_dict.get(entry.weight, entry.weight) - REGULAR))
+        for entry in sorted(upright, key=lambda entry: -abs(weight_of(entry) - REGULAR))
         if not any(word in entry.name.lower() for word in UNDRAWABLE)
     }  # of each family the weight nearest to regular; there are some that have no other than medium
     return sorted(usable.items(), key=lambda entry: (not any(word in entry[0] for word in FIRST), entry[0]))
+
+
+def weight_of(entry: FontEntry) -> int:
+    return weight_dict[entry.weight] if isinstance(entry.weight, str) else entry.weight

@@ -337,8 +337,8 @@ def token_texts(tokenizer: Any, ids: list[int] | Tensor) -> list[str]:
     """
     tokens = tokenizer.convert_ids_to_tokens(torch.as_tensor(ids).tolist())
     texts = [_text_of(token, tokenizer.convert_tokens_to_string([token])) for token in tokens]
-    pieces = [bytes_of(token) if CUT in text else None for token, text in zip(tokens, texts, strict=True)]
-    for are_cut, places in groupby(range(len(tokens)), lambda place: pieces[place] is not None):
+    pieces = [(bytes_of(token) or b"") if CUT in text else b"" for token, text in zip(tokens, texts, strict=True)]
+    for are_cut, places in groupby(range(len(tokens)), lambda place: bool(pieces[place])):
         if are_cut:
             run = list(places)
             for place, text in zip(run, whole_characters([pieces[place] for place in run]), strict=True):

@@ -228,10 +228,17 @@ def test_help_names_the_default_model_and_what_the_demo_knows(capsys):
         (["image", "nowhere.png"], "no file nowhere.png"),
         (["image", "{scene}", "--method", "magic"], "SmoothGrad, Random; or IG or SmoothGrad and the name of one"),
         (["image", "{scene}", "--method", "fulgrad+"], "there are FullGrad+"),
-        (["image", "{scene}", "--rules", "magic"], "'magic' is not one of"),
+        (["image", "{scene}", "--rules", "magic"], "unknown rules 'magic'; there are libra, plain"),
+        (["image", "{scene}", "--rules", "atnlrp"], "unknown rules 'atnlrp'; there are attn-lrp"),
         (["image", "{scene}", "-o", "out.txt"], "choose a name that ends in .png"),
-        (["image", "{scene}", "-o", "/proc/at/all/out.png"], "can't write into /proc/at/all"),
-        (["image", "{scene}", "-o", "{scene}/out.png"], "can't write into"),
+        (["image", "{scene}", "-o", "/proc/at/all/out.png"], "can't write /proc/at/all/out.png: No such"),
+        (["image", "{scene}", "-o", "{scene}/out.png"], "out.png: Not a directory"),
+        (["image", "{scene}", "-o", f"{'a' * 300}/out.png"], "name too long"),
+        (["image", "{scene}", "-o", f"{'a' * 240}.png"], "name too long"),
+        (["image", "{scene}", "-o", ""], "'' is no name to write to"),
+        (["image", "{scene}", "-o", "-"], "'-' is no name to write to"),
+        (["image", "{scene}", "-o", ".PNG"], "'.PNG' is no name to write to"),
+        (["image", "{scene}", "{scene}", *DEMO, "--save-scores", "all.npz"], "name a folder, all"),
         (["image", "{scene}", "--save-scores", "out.npy"], "ends in .npz"),
         (["image", "{scene}", "--alpha", "1.5"], "at most 1, not 1.5"),
         (["image", "{scene}", "--colormap", "RdBu_rr"], "'RdBu_rr'; it has RdBu_r"),
@@ -252,6 +259,7 @@ def test_help_names_the_default_model_and_what_the_demo_knows(capsys):
         (["clip", "{scene}"], "Missing option '-p' / '--prompt'"),
         (["clip", "http://example.org/a.png", "-p", "a cat"], "not an https address"),
         (["text", "Ben has a red kite.", *DEMO, "--target", ""], "no token"),
+        (["text", "Ben", *DEMO, "--target", "kite", "--against", " kite"], "begin with the same token"),
         (["audit", "/nowhere"], "/nowhere"),
         (["imge", "{scene}"], "Did you mean 'image'?"),
     ],
@@ -364,6 +372,36 @@ def test_any_spelling_of_an_extension_and_a_missing_folder(name, scene, tmp_path
     assert not list(tmp_path.rglob("*.unfinished"))
 
 
+@pytest.mark.parametrize("name", ["maps", "holiday.2026/", "a/b.c/", ".", "~/maps", "~/holiday.2026/"])
+def test_one_picture_into_a_folder(name, scene, tmp_path, monkeypatch):
+    """That is there, ends in a slash, or has no extension; ~ is the home."""
+    monkeypatch.chdir(tmp_path / ".." / tmp_path.name)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("USERPROFILE", str(tmp_path / "home"))
+    assert run("image", scene, *DEMO, "-o", name, "--format", "pdf", "--save-scores", name) == 0
+    folder = (tmp_path / name.replace("~", "home")).resolve()
+    assert (folder / "scene.pdf").is_file() and (folder / "scene.npz").is_file()
+
+
+def test_html_may_be_htm(tmp_path):
+    needs_demo("llama")
+    assert run("text", "Ben has", *DEMO, "-o", tmp_path / "a.HTM") == 0
+    assert (tmp_path / "a.HTM").read_text(encoding="utf-8").startswith("<!doctype html>")
+
+
+@pytest.mark.parametrize("typed", ["AttnLRP", "ATTN_LRP", "attn-lrp"])
+def test_rules_are_known_however_they_are_written(typed, scene, tmp_path):
+    out = tmp_path / "out.npz"
+    assert run("image", scene, *DEMO, "--rules", typed, "-o", tmp_path / "out.png", "--save-scores", out) == 0
+    assert np.load(out)["rules"] == "attn-lrp"
+
+
+def test_checking_where_to_write_leaves_nothing_behind(scene, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    fails_with(capsys, ["image", scene, "-o", "a/b/c.png", "--model", "no_such_vit"], "no_such_vit")
+    assert [path.name for path in tmp_path.iterdir()] == [scene.name]
+
+
 def test_nothing_is_overwritten_unasked_and_nothing_loaded_before_that_is_known(scene, tmp_path, capsys, monkeypatch):
     before = scene.read_bytes()
     kept = tmp_path / "kept.png"
@@ -441,7 +479,7 @@ def test_a_folder_and_a_file_in_one_call_and_a_damaged_one_stops_no_other(scene,
     assert "a.jpg is not a picture" in printed.err
     assert {file.name for file in out.iterdir()} == {"b.svg", "scene.svg", "scene-2.svg"}
     assert {file.name for file in (tmp_path / "numbers").iterdir()} == {"b.npz", "scene.npz", "scene-2.npz"}
-    assert printed.out.count("wrote ") == 3
+    assert printed.out.count("wrote ") == 3 and printed.out.count(".npz") == 3
     (folder / "a.jpg").unlink()
     assert run(*asked) == 2 and "is there already" in capsys.readouterr().err
     assert run(*asked, "--overwrite") == 0
