@@ -55,8 +55,8 @@ def test_tokens_of_other_tokenizers_spell_the_text(shared, model):
     from transformers import AutoTokenizer
 
     folder = shared / "models" / model
-    file = {"gguf_file": path.name for path in folder.glob("*.gguf")}
-    tokenizer = AutoTokenizer.from_pretrained(folder, **file)
+    file = next((path.name for path in folder.glob("*.gguf")), None)
+    tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=file)
     text = "Ben's \u7ea2\u8272\u7684 kite, caf\u00e9 \U0001f642\u200d\U0001f642 \ufffd \u9f98"
     ids = tokenizer(text, add_special_tokens=False)["input_ids"]
     assert "".join(token_texts(tokenizer, ids)).removeprefix(" ") == text

@@ -1,4 +1,4 @@
-"""Tokens that are parts of characters: their bytes by the tokenizers library, their characters by how UTF-8 is built."""
+"""Tokens that are parts of characters: bytes by the tokenizers library, characters by how UTF-8 is built."""
 
 import pytest
 from hypothesis import given
