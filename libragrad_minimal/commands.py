@@ -453,7 +453,7 @@ def benchmark(device_map, csv, compare, output, **given) -> int:  # fmt: skip
     from . import benchmark, report
 
     if compare:
-        table = benchmark.compare(compare[0], compare[1], output)
+        table = benchmark.compare(compare[0], compare[1], output).rename(columns={"error": "standard error"})
         click.echo(table.to_string(index=False, float_format="{:.3f}".format))
         return 0
     if not (given["model"] and given["data"]):
