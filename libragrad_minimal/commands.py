@@ -110,6 +110,7 @@ class At(click.ParamType):
 METHOD = Named("method", METHODS, METHOD_HELP)
 RULES = Named("rules", NAMED_RULES, RULES_HELP := ", ".join(NAMED_RULES))
 PATH = At()
+MORE_THAN_NONE = click.FloatRange(0, min_open=True)
 
 
 commands: dict[str, click.Command] = {}
@@ -385,9 +386,9 @@ def audit(model: str) -> int:
 @command('sweep timm --pattern "vit_tiny*"')
 @click.argument("library", type=click.Choice(list(LIBRARIES)))
 @click.option("--pattern", default="*", show_default=True, help="Of names: 'vit_*', 'decoder *', '* text'.")
-@click.option("--processes", type=int, default=1, show_default=True, help="Models at a time.")
-@click.option("--seconds", type=float, default=300, show_default=True, help="That a model may take.")
-@click.option("--gigabytes", type=float, default=6, show_default=True, help="That a model may use.")
+@click.option("--processes", type=click.IntRange(1), default=1, show_default=True, help="Models at a time.")
+@click.option("--seconds", type=MORE_THAN_NONE, default=300, show_default=True, help="That a model may take.")
+@click.option("--gigabytes", type=MORE_THAN_NONE, default=6, show_default=True, help="That a model may use.")
 @click.option("-o", "--output", type=PATH, help="The table, or a folder for it.  [default: sweep_LIBRARY.csv]")
 def sweep_models(library, pattern, processes, seconds, gigabytes, output) -> int:
     """Does it work on every model of a library? One row a model; goes on where it was.
@@ -515,6 +516,8 @@ def picture_sources(photos: Sequence[str]) -> list[str]:
     sources = []
     for photo in photos:
         folder = Path(photo).expanduser()
+        if not photo.strip():
+            raise ValueError("the name of a picture is empty")
         if "://" not in photo and folder.is_dir():
             inside = sorted(str(file) for file in folder.iterdir() if file.suffix.lower() in EXTENSIONS)
             if not inside:

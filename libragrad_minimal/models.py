@@ -142,6 +142,9 @@ def _pretrained_vit(name: str) -> LoadedModel:
     from huggingface_hub.errors import LocalEntryNotFoundError
     from timm.data import ImageNetInfo, create_transform, resolve_model_data_config
 
+    if ":" not in name and not timm.is_model(name.split(".")[0]):
+        similar = difflib.get_close_matches(name.split(".")[0], timm.list_models())
+        raise ValueError(f"timm has no model {name!r}; similar ones are {', '.join(similar) or 'none'}")
     try:
         model = timm.create_model(name, pretrained=True)
     except LocalEntryNotFoundError as error:
@@ -414,9 +417,10 @@ def _pretrained_clip(name: str) -> LoadedModel:
         raise ValueError(f"open_clip has no model {architecture!r}; similar ones are {', '.join(similar) or 'none'}")
     tags = open_clip.list_pretrained_tags_by_model(architecture)
     if not itself and tag not in tags and not Path(tag).is_file():
+        fault = f"{tag!r} is neither a file nor weights that open_clip has for it" if tag else "it needs weights, too"
         raise ValueError(
-            f"{tag!r} is neither a file nor weights that open_clip has for {architecture}; "
-            f"write {architecture}/FILE, or a tag in place of FILE: {', '.join(tags) or 'none is known'}"
+            f"{architecture}: {fault}; write {architecture}/FILE, or a tag in place of FILE: "
+            f"{', '.join(tags) or 'none is known'}"
         )
     if itself:
         check_open_clip_config(name)
