@@ -59,6 +59,7 @@ DEMO_KNOWS = {
 }
 
 
+LONGEST = 200  # characters of a title
 METHOD_HELP = ", ".join(name for name in METHODS if not name.startswith(("IG ", "SmoothGrad ")))
 METHOD_HELP += "; or IG or SmoothGrad and the name of one that reads gradients"
 
@@ -247,7 +248,7 @@ def image(asked: Asked, photos: tuple[str, ...], classes: tuple[str, ...], **opt
 
         return explain
 
-    return explain_pictures(asked, photos, prepare)
+    return explain_pictures(asked, photos, prepare, **given)
 
 
 @command(
@@ -269,15 +270,19 @@ def clip(asked: Asked, photos: tuple[str, ...], prompts: tuple[str, ...]) -> int
     def prepare(loaded: LoadedModel) -> Callable[[Tensor], tuple[Attribution, list[str], list[str]]]:
         def explain(pixels: Tensor) -> tuple[Attribution, list[str], list[str]]:
             result = attribute_phrases(loaded, pixels, prompts, asked.method, asked.rules)
-            return result, list(prompts), list(prompts)
+            titles = [prompt if len(prompt) <= LONGEST else f"{prompt[:LONGEST]}..." for prompt in prompts]
+            return result, titles, list(prompts)
 
         return explain
 
     return explain_pictures(asked, photos, prepare)
 
 
-def explain_pictures(asked: Asked, photos: Sequence[str], prepare: Callable) -> int:
-    """Each picture with the function that `prepare` makes of the model; one that can't be read doesn't stop others."""
+def explain_pictures(asked: Asked, photos: Sequence[str], prepare: Callable, **options: Any) -> int:
+    """Each picture with the function that `prepare` makes of the model; one that can't be read doesn't stop others.
+
+    `options` of the method are saved with the scores.
+    """
     sources = picture_sources(photos)
     places = asked.figure_and_scores(sources, KINDS)
     one = len(sources) == 1
@@ -301,7 +306,7 @@ def explain_pictures(asked: Asked, photos: Sequence[str], prepare: Callable) -> 
         save_figure(picture_figure(loaded, pixels, result, titles, asked.look), figure)
         if scores:
             about = {"photograph": source, "size": photo.size, "crop_box": crop_box(loaded.transform, photo.size)}
-            save_scores(scores, result, loaded, asked.method, titles, target=targets, **about)
+            save_scores(scores, result, loaded, asked.method, titles, target=targets, **about, **options)
         say(result, titles, figure, scores)
     return 2 if failed else 0
 
@@ -343,8 +348,9 @@ def relevance(asked: Asked, question: str, passage: str) -> int:
         found.strip(f"why this passage answers this question, or not ({asked.method}, {rules})"), asked.look, place
     )
     if scores:
-        about = {"question": question, "passage": passage, "words": found.words, "word_scores": found.scores}
-        save_scores(scores, found.attribution, encoder, asked.method, ["relevance"], target=[0], **about)
+        texts = {"question": question, "passage": passage, "tokens": found.tokens}
+        words = {"words": found.words, "word_scores": found.scores}
+        save_scores(scores, found.attribution, encoder, asked.method, ["relevance"], target=[0], **texts, **words)
     say(found.attribution, ["relevance"], place, scores)
     return 0
 

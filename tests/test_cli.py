@@ -87,6 +87,7 @@ def test_image_without_a_class_explains_the_prediction_with_options(scene, tmp_p
     pixels = loaded.transform(Image.open(scene))[None]
     predicted = loaded.model(pixels).argmax(1)
     options = {"head_fusion": "max", "discard_ratio": 0.9}
+    assert {name: np.load(scores)[name].item() for name in options} == options
     expected = attribute(loaded.model, pixels, predicted, "Attention Rollout", PLAIN, **options)
     np.testing.assert_allclose(np.load(scores)["scores"], expected.scores, rtol=1e-4, atol=1e-6)
 
@@ -120,6 +121,15 @@ def test_clip_writes_a_panel_a_prompt(scene, tmp_path):
     np.testing.assert_allclose(saved["output"], (similarity[0] @ texts.T)[0], rtol=1e-5)
     expected = attribute(loaded.model, pixels.expand(2, -1, -1, -1), texts, "FullGrad+")
     np.testing.assert_allclose(saved["scores"], expected.scores, rtol=1e-4, atol=1e-4)
+
+
+def test_a_very_long_prompt_does_not_fill_the_picture(scene, tmp_path, capsys):
+    needs_demo("clip")
+    prompt, out = "cat " * 5000, tmp_path / "out.npz"
+    assert run("clip", scene, *DEMO, "-p", prompt, "-o", tmp_path / "out.png", "--save-scores", out) == 0
+    printed = capsys.readouterr()
+    assert "is longer than" in printed.err and max(map(len, printed.out.splitlines())) < 300
+    assert Image.open(tmp_path / "out.png").height < 1000 and np.load(out)["target"].tolist() == [prompt]
 
 
 def test_text_as_html_escapes_the_prompt(tmp_path):
