@@ -3,14 +3,13 @@
 python data/families.py                         # -> data/benchmark_families.parquet
 python data/families.py --families eva02 mixer  # measures these alone; the table keeps its rows of the others
 
-An interrupted run goes on where it was. For each family it is what five commands measure,
+An interrupted run goes on where it was. For each family it is what four commands measure,
 
-    python -m libragrad_minimal benchmark --model NAME --data scenes:50 --target true --protocol paint ...
+    python -m libragrad_minimal benchmark --model NAME --data scenes:50 --target true ...
 
-one with the methods under plain gradients and Libra, one with FullGrad+ under every other set of rules, one averaged
-over occlusions, and one that explains how far the class is ahead of the others (--explain ahead). In these, patches
-are painted. A fifth drops their tokens, which EVA02, BEiTv2 and MLP-Mixers can't do: they tell the places of tokens
-inside their blocks.
+one with the methods under plain gradients and Libra, one with IxG and FullGrad+ under every other set of rules, one
+averaged over occlusions, and one that explains how far the class is ahead of the others (--explain ahead). Patches of
+EVA02, BEiTv2 and MLP-Mixers are only painted, not dropped: these tell the places of tokens inside their blocks.
 """
 
 import argparse
@@ -18,7 +17,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from libragrad_minimal.batches import Settings
+from libragrad_minimal.batches import PROTOCOLS, Settings
 from libragrad_minimal.benchmark import run
 from libragrad_minimal.demo_vits import VITS
 from libragrad_minimal.files import only_one, whole_file
@@ -32,31 +31,25 @@ METHODS = (
     "IxG", "FullGrad", "FullGrad+", "HiResCAM", "GradCAM+", "XGradCAM+", "AttCAT", "GenAtt", "TokenTM", "LeGrad",
     "Attention Rollout", "Random",
 )  # fmt: skip
-RULES = ("attn-lrp", "ali-lrp", "decompx", "no norm", "no activation", "no attention")
+RULES = ("attn-lrp", "ali-lrp", "decompx", "residual", "no norm", "no activation", "no attention")
 METRICS = ["completeness error", "MIF accuracy", "LIF accuracy", "SRG", "SRG (logit)", "AP", "pointing game"]
 COLUMNS = ["model", "example", "method", "rules", "protocol", "explained", "metric", "value"]
 COLUMNS += ["data", "target", "seed", "timm", "torch", "libragrad_minimal"]
-RUNS = ("methods", "rules", "occlusions", "ahead", "dropped")
 PLACES_IN_BLOCKS = ("eva02", "beitv2", "mixer")
-
-
-def runs_of(family: str, asked: list[str]) -> list[str]:
-    return [what for what in asked if what != "dropped" or family not in PLACES_IN_BLOCKS]
+RUNS = ("methods", "rules", "occlusions", "ahead")
 
 
 def settings_of(family: str, what: str, count: int) -> Settings:
-    common = {"model": family, "data": f"scenes:{count}", "target": "true", "protocols": ("paint",)}
+    protocols = ("paint",) if family in PLACES_IN_BLOCKS else PROTOCOLS
+    common = {"model": family, "data": f"scenes:{count}", "target": "true", "protocols": protocols}
     maps = {MAPS, MAP_GRADIENTS, BETWEEN}
     methods = tuple(name for name in METHODS if family != "mixer" or not reads_of(name) & maps)
     if what == "methods":
         return Settings(**common, methods=methods)
     if what == "rules":
-        return Settings(**common, methods=("FullGrad+",), rules=RULES)
+        return Settings(**common, methods=("IxG", "FullGrad+"), rules=RULES)
     if what == "occlusions":
         return Settings(**common, methods=("Occluded FullGrad+",))
-    if what == "dropped":
-        methods = (*methods, "Occluded FullGrad+")
-        return Settings(**(common | {"protocols": ("drop",)}), methods=methods, metrics=("deletion",))
     few = tuple(name for name in ("IxG", "FullGrad+", "GenAtt") if name in methods)
     return Settings(**common, methods=few, rules=("libra",), metrics=("segmentation",), explain="ahead")
 
@@ -66,7 +59,7 @@ def put_together(files: list[Path]) -> None:
     rows = pd.concat([pd.read_parquet(file) for file in files], ignore_index=True)
     rows = rows[rows["metric"].isin(METRICS)][COLUMNS].astype({"value": "float32"})
     if TABLE.exists():
-        stored, anew = pd.read_parquet(TABLE), ["model", "method", "rules", "explained", "protocol"]
+        stored, anew = pd.read_parquet(TABLE), ["model", "method", "rules", "explained"]
         measured = pd.MultiIndex.from_frame(rows[anew].drop_duplicates().astype(str))
         others = ~pd.MultiIndex.from_frame(stored[anew].astype(str)).isin(measured)
         rows = pd.concat([stored[others], rows], ignore_index=True)
@@ -86,7 +79,7 @@ if __name__ == "__main__":
         FOLDER.mkdir(parents=True, exist_ok=True)
         files = []
         for family in options.families:
-            for what in runs_of(family, options.runs):
+            for what in options.runs:
                 print(family, what)
                 folder = FOLDER / f"{family} {what}"
                 run(settings_of(family, what, options.count), folder)

@@ -19,16 +19,17 @@ What came out
 Two cores of a shared machine (AMD EPYC), torch 2.14, November 2026; the median of each repetition of 15 pairs; memory
 1.000 everywhere. A repetition disturbed by others (!) was measured once more. Trainable parameters / frozen ones:
 
-- ViT-B/16, batch 1: 0.919, 0.926, 0.942 / 0.928, 0.928, 0.929; batch 8: 0.907, 0.897, 0.892 / 0.898, 0.889, 0.899
+- ViT-B/16, batch 1: 0.942, 0.935, 0.933 / 0.932, 0.934, 0.937 (a week before 0.919, 0.926, 0.942 / 0.928, 0.928,
+  0.929); batch 8: 0.907, 0.897, 0.892 / 0.898, 0.889, 0.899
 - CLIP ViT-L/14: 0.910, 0.914, 0.911 / 0.895, 0.952 (!), 0.902, 0.920
 - Llama, 256 tokens: 0.870, 0.909, 0.857 / 0.861, 0.845, 0.863
 - Llama, 1,024 tokens: 1.084 (!), 0.854, 0.811, 0.843 / 0.790, 0.834, 0.842
 - in lxt's venv, one repetition each: 256 tokens, under load, libra_grad 0.879 / 0.871, with lxt's rules 0.916 / 0.931,
   lxt itself 0.919 / 0.960; 1,024 tokens, libra_grad 0.821 / 0.838, with lxt's rules 0.911 / 0.905, lxt 1.006 / 1.032
   in time and, since lxt stores less, 0.940 / 0.917 in memory.
-- observed(), ViT-B/16 batch 1, the forward pass alone: 1.006, 1.014, 1.025 / 0.997, 1.020, 1.045, which is mostly
-  noise: it takes about 2 ms of 265, half of them what PyTorch takes to call any function mode for each of 243
-  functions; it keeps nothing of its own.
+- observed(), ViT-B/16 batch 1, the forward pass alone: 1.020, 1.024, 1.033 / 1.040, 1.040, 1.037 (a week before
+  1.006, 1.014, 1.025 / 0.997, 1.020, 1.045): 2 to 10 ms of 265, of which PyTorch takes about 1 to call any function
+  mode for each of 243 functions; it keeps nothing of its own.
 
 What was tried, and what it gave
 --------------------------------
