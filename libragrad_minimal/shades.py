@@ -161,7 +161,9 @@ def _range(values: np.ndarray, declared: Declared, name: str) -> tuple[float, fl
     stored with more bits. Between those lie 10- and 12-bit scans, measurements and high dynamic range.
     """
     finite = values[np.isfinite(values)]
-    darkest, brightest = (float(finite.min()), float(finite.max())) if finite.size else (np.nan, np.nan)
+    if not finite.size:
+        raise ValueError(f"{name} holds nothing but NaN and infinity, which are no shades: put numbers in their place")
+    darkest, brightest = float(finite.min()), float(finite.max())
     found = f"{name} holds numbers from {darkest:g} to {brightest:g}"
     if finite.size < values.size:
         raise ValueError(
