@@ -39,7 +39,7 @@ from .models import DEMOS, VITS, LoadedModel, Unreachable, load_demo, load_pretr
 from .outputs import HTML, KINDS, checked, places, writable
 from .pages import page
 from .pictures import EXTENSIONS, open_picture
-from .plots import STRONGEST, Look, Strip, TokenStrips
+from .plots import STRONGEST, Look, Strip, TokenStrips, shown
 from .progress import complain, telling
 from .relevance import MS_MARCO, CrossEncoder, load_cross_encoder
 from .relevance import relevance as relevance_of
@@ -580,5 +580,5 @@ def save_scores(
 def say(result: Attribution, titles: Sequence[str], place: Path, scores: Path | None) -> None:
     for title, output, error in zip(titles, result.output, result.completeness_error, strict=True):
         known = "" if error.isnan() else f", completeness error {error:.1e}"
-        tqdm.write(f"{title}: output {output:.3f}{known}")
+        tqdm.write(f"{shown(title)}: output {output:.3f}{known}")
     tqdm.write(f"wrote {place}" + (f" and {scores}" if scores else ""))

@@ -132,6 +132,13 @@ def test_a_very_long_prompt_does_not_fill_the_picture(scene, tmp_path, capsys):
     assert Image.open(tmp_path / "out.png").height < 1000 and np.load(out)["target"].tolist() == [prompt]
 
 
+def test_what_is_printed_is_a_line_a_prompt(scene, tmp_path, capsys):
+    needs_demo("clip")
+    assert run("clip", scene, *DEMO, "-p", "two\nlines", "-p", "a\u202eb", "-o", tmp_path / "out.png") == 0
+    two, turned, _ = capsys.readouterr().out.splitlines()
+    assert two.startswith("two[U+000A]lines: ") and turned.startswith("a[U+202E]b: ")
+
+
 def test_text_as_html_escapes_the_prompt(tmp_path):
     needs_demo("llama")
     out = tmp_path / "out.html"
