@@ -13,7 +13,7 @@ from difflib import get_close_matches
 
 import click
 
-from .progress import complain
+from .progress import complain, telling
 
 COMMANDS = {
     "image": "Which parts of a photograph speak for a class.",
@@ -71,7 +71,8 @@ class Commands(click.Group):
         if name not in COMMANDS:
             close = get_close_matches(name, COMMANDS, n=1)
             ctx.fail(f"No such command {name!r}." + "".join(f" Did you mean {known!r}?" for known in close))
-        from .commands import commands
+        with telling("loading PyTorch"):
+            from .commands import commands
 
         return commands[name]
 

@@ -228,6 +228,12 @@ def test_every_command_is_listed_without_torch():
     assert imported == "" and all(any(line.split()[:1] == [name] for line in told) for name in cli.COMMANDS)
 
 
+def test_what_takes_long_before_a_command_begins_is_said_too():
+    quick = "from libragrad_minimal import cli, progress; progress.PATIENCE = 0.01; cli.main(['audit', '--help'])"
+    done = subprocess.run([sys.executable, "-c", quick], cwd=DATA.parent, capture_output=True, text=True, check=True)
+    assert done.stderr.splitlines() == ["loading PyTorch ..."] and "libragrad audit" in done.stdout
+
+
 def test_without_a_command_there_is_help(capsys):
     assert run() == 0
     assert "libragrad demo" in capsys.readouterr().out
