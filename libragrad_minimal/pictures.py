@@ -126,13 +126,14 @@ def _upright(picture: Image.Image) -> Image.Image:
 
 
 def _rgb(picture: Image.Image, declared: Declared, name: str) -> Image.Image:
-    values = np.asarray(picture)
-    scaled = stretched(values, declared.bits)
+    scaled = stretched(np.asarray(picture), declared.bits) if declared.bits else None
     if scaled is not None:
         return _opaque(Image.fromarray(scaled), name)
-    if declared.white is not None and picture.mode in ("L", "RGB") and values.max() <= declared.white < 128:
-        return as_bytes(values, declared, name).convert("RGB")
+    few_bits = declared.white is not None and declared.white < 128 and picture.mode in ("L", "RGB")
+    if few_bits and np.max(picture.getextrema()) <= declared.white:
+        return as_bytes(np.asarray(picture), declared, name).convert("RGB")
     if picture.mode.startswith(("I", "F")) or declared.dtype:  # more than 0 to 255, where Pillow would cut
+        values = np.asarray(picture)
         return as_bytes(values.view(declared.dtype) if declared.dtype else values, declared, name).convert("RGB")
     if declared.cut and picture.mode in ("LA", "RGB", "RGBA"):
         brightest = int(np.asarray(picture.convert("RGB")).max()) * 256 + 255

@@ -100,7 +100,8 @@ def stretched(values: np.ndarray, bits: tuple[int, ...]) -> np.ndarray | None:
     is_black = (white[: 1 if channels < 3 else 3] < DARKEST * 2**depth).all()
     if (numbers > white).any() or not (is_black or ((numbers > 0) & (numbers < least)).any()):
         return None
-    return (numbers * (255 / white)).round().astype(np.uint8).reshape(values.shape)
+    shades = [(np.arange(largest + 1) * 255 / largest).round().astype(np.uint8) for largest in white]
+    return np.stack([shades[c][numbers[..., c]] for c in range(channels)], axis=-1).reshape(values.shape)
 
 
 def numbers_of_tiff(content: bytes) -> tuple[np.ndarray, Declared]:
@@ -146,7 +147,7 @@ def not_black(picture: Image.Image, name: str) -> Image.Image:
     Raises:
         ValueError: it looks black and isn't: a mask of small numbers, or one that was meant in other units.
     """
-    brightest = int(np.asarray(picture).max())
+    brightest = int(np.max(picture.getextrema()))
     if 0 < brightest < DARKEST * 255:
         raise ValueError(
             f"{name} holds no number above {brightest} of 255 and would be black: scale its numbers to 0 ... 255"
