@@ -11,7 +11,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from .download import download
 from .sentences import one_line
-from .shades import TAGS, Declared, as_bytes, not_black, numbers_of_tiff, stretched
+from .shades import TAGS, Declared, as_bytes, bright_enough, numbers_of_tiff, stretched
 
 # Pillow knows more, and some of those run programs: EPS is drawn by Ghostscript, which executes what the file says.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
@@ -142,7 +142,7 @@ def _rgb(picture: Image.Image, declared: Declared, name: str) -> Image.Image:
                 f"{name} holds no number above {brightest} of 65535 and would be black: scale its 10 or 12 bits to "
                 "0 ... 255 and save it with 8 bits"
             )
-    return not_black(_opaque(picture, name), name)
+    return bright_enough(_opaque(picture, name), name)
 
 
 def _opaque(picture: Image.Image, name: str) -> Image.Image:

@@ -141,7 +141,7 @@ def as_bytes(values: np.ndarray, declared: Declared, name: str) -> Image.Image:
     return Image.fromarray((255 - shades if declared.inverted else shades).astype(np.uint8))
 
 
-def not_black(picture: Image.Image, name: str) -> Image.Image:
+def bright_enough(picture: Image.Image, name: str) -> Image.Image:
     """A picture of 8 bits.
 
     Raises:
