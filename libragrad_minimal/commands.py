@@ -99,18 +99,8 @@ class Several(click.ParamType):
         return tuple(self.one.convert(name.strip(), param, ctx) for name in value.split(","))
 
 
-class At(click.ParamType):
-    """A path, in which ~ is the home."""
-
-    name = "path"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Path:
-        return Path(value).expanduser()
-
-
 METHOD = Named("method", METHODS, METHOD_HELP)
 RULES = Named("rules", NAMED_RULES, RULES_HELP := ", ".join(NAMED_RULES))
-PATH = At()
 MORE_THAN_NONE = click.FloatRange(0, min_open=True)
 
 
@@ -395,14 +385,16 @@ def audit(model: str) -> int:
 @click.option("--processes", type=click.IntRange(1), default=1, show_default=True, help="Models at a time.")
 @click.option("--seconds", type=MORE_THAN_NONE, default=300, show_default=True, help="That a model may take.")
 @click.option("--gigabytes", type=MORE_THAN_NONE, default=6, show_default=True, help="That a model may use.")
-@click.option("-o", "--output", type=PATH, help="The table, or a folder for it.  [default: sweep_LIBRARY.csv]")
+@click.option("-o", "--output", metavar="PATH", help="The table, or a folder for it.  [default: sweep_LIBRARY.csv]")
 def sweep_models(library, pattern, processes, seconds, gigabytes, output) -> int:
     """Does it work on every model of a library? One row a model; goes on where it was.
 
     Status 1 if anything is wrong or raises what isn't a refusal.
     """
-    path = output or Path()
-    path = path / f"sweep_{library}.csv" if path.is_dir() else path
+    name = f"sweep_{library}"
+    (path,) = places(f"{name}.csv" if output is None else output, [name], [".csv"], ".csv")
+    if path.suffix.lower() != ".csv":
+        raise ValueError(f"can't write {path}: choose a name that ends in .csv")
     writable(path)
     names = registered(library, pattern)
     if not names:
@@ -454,25 +446,26 @@ def sweep_models(library, pattern, processes, seconds, gigabytes, output) -> int
 @click.option("--device-map", type=click.Choice(["auto"]), help="Spread a language model over several devices.")
 @click.option("--csv", is_flag=True, help="The table as CSV, too.")
 @click.option("--compare", nargs=2, metavar="A B", help="Measure nothing: two runs ('FullGrad+ libra') or folders.")
-@click.option("-o", "--output", type=PATH, default=Path("benchmark"), show_default=True, help="A folder.")
+@click.option("-o", "--output", metavar="FOLDER", default="benchmark", show_default=True)
 def benchmark(device_map, csv, compare, output, **given) -> int:  # fmt: skip
     """Does it tell the truth? Every method on a data set, in one table; goes on where it was."""
     from . import benchmark, report
 
+    folder = Path(output).expanduser()
     if compare:
-        table = benchmark.compare(compare[0], compare[1], output).rename(columns={"error": "standard error"})
+        table = benchmark.compare(compare[0], compare[1], folder).rename(columns={"error": "standard error"})
         click.echo(table.to_string(index=False, float_format="{:.3f}".format))
         return 0
     if not (given["model"] and given["data"]):
         raise ValueError("a benchmark needs --model and --data, or --compare")
-    writable(output / "table.parquet")
+    writable(folder / "table.parquet")
     settings = benchmark.Settings(**{name: value for name, value in given.items() if value is not None})
     with telling(f"measuring {settings.model} on {settings.data}", has_bar=True):
-        path = benchmark.run(settings, output, device_map)
+        path = benchmark.run(settings, folder, device_map)
     if path is None:
-        click.echo(f"this process's share is done; the table in {output} comes when the others are")
+        click.echo(f"this process's share is done; the table in {folder} comes when the others are")
         return 0
-    table = benchmark.read_table(output)
+    table = benchmark.read_table(folder)
     if csv:
         table.to_csv(path.with_suffix(".csv"), index=False)
     report.figure(table).savefig(path.with_name("figure.png"), dpi=120)

@@ -282,6 +282,7 @@ def test_help_names_the_default_model_and_what_the_demo_knows(capsys):
         (["clip", "{scene}", "-p", "a cat", "--model", "ViT-B-16/no"], "'no' is neither a file nor weights"),
         (["audit", "resnt18"], "similar ones are resnet18"),
         (["sweep", "timm", "--processes", "0"], "x>=1"),
+        (["sweep", "timm", "-o", "{scene}"], "ends in .csv"),
         (["sweep", "timm", "--seconds", "-1"], "x>0"),
         (["text", " ", *DEMO], "empty"),
         (["text", "Ben \udcff", *DEMO], "isn't UTF-8"),
