@@ -74,7 +74,9 @@ def from_notebook(target):
 
 
 def on_post_page(output, page, config):
-    """The theme's search is a dialog without a name, which readers of screens ask for."""
+    """The theme's search is a dialog without a name, which readers of screens ask for; and mkdocs-jupyter from 0.27 on
+    fetches MathJax from elsewhere, though no formula is left for it."""
+    output = re.sub(r"<script data-mkdocs-jupyter-mathjax.*?</script>", "", output, flags=re.DOTALL)
     return output.replace(
         'data-md-component="search" role="dialog"', 'data-md-component="search" role="dialog" aria-label="Search"'
     )
