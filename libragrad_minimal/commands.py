@@ -511,14 +511,15 @@ def bars_in_terminals_only() -> None:
 
 
 def picture_sources(photos: Sequence[str]) -> list[str]:
-    """The pictures of folders in the order of their names, and everything else as it was typed."""
+    """The pictures of folders in the order of their names, without hidden ones, and everything else as it was typed."""
     sources = []
     for photo in photos:
         folder = Path(photo).expanduser()
         if not photo.strip():
             raise ValueError("the name of a picture is empty")
         if "://" not in photo and folder.is_dir():
-            inside = sorted(str(file) for file in folder.iterdir() if file.suffix.lower() in EXTENSIONS)
+            files = (file for file in folder.iterdir() if file.is_file() and not file.name.startswith("."))
+            inside = sorted(str(file) for file in files if file.suffix.lower() in EXTENSIONS)
             if not inside:
                 raise ValueError(f"the folder {photo} holds no picture ({', '.join(EXTENSIONS)})")
             sources += inside

@@ -503,6 +503,8 @@ def test_a_folder_and_a_file_in_one_call_and_a_damaged_one_stops_no_other(scene,
         (folder / name).write_bytes(scene.read_bytes())
     (folder / "a.jpg").write_bytes(b"no picture")
     (folder / "notes.txt").write_text("no picture")
+    (folder / "._b.png").write_bytes(b"what macOS keeps beside a picture")
+    (folder / "a folder.png").mkdir()
     out = tmp_path / "maps"
     asked = ["image", folder, scene, *DEMO, "-o", out, "--format", "svg", "--save-scores", tmp_path / "numbers"]
     assert run(*asked) == 2, "not all went well"
