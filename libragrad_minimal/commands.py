@@ -307,7 +307,10 @@ def explain_pictures(asked: Asked, photos: Sequence[str], prepare: Callable, **o
 @click.option("--against", help="Explain why the target and not this word.")
 @explaining("llama", "html", ["html", *FIGURES])
 def text(asked: Asked, prompt: str, target: str | None, against: str | None) -> int:
-    """Which words of a text a language model's next word comes from."""
+    """Which words of a text a language model's next word comes from.
+
+    A character that is cut over several tokens stands at the first of them, and a mark (⋯) at the others.
+    """
     ((place, scores),) = asked.figure_and_scores(["attribution"], [*HTML, *KINDS])
     loaded = load("llama", asked.model)
     with telling("explaining the next word"):
@@ -511,7 +514,7 @@ def bars_in_terminals_only() -> None:
 
 
 def picture_sources(photos: Sequence[str]) -> list[str]:
-    """The pictures of folders in the order of their names, without hidden ones, and everything else as it was typed."""
+    """The pictures of folders by their names, without hidden ones, and everything else as it was typed."""
     sources = []
     for photo in photos:
         folder = Path(photo).expanduser()

@@ -9,7 +9,8 @@ from html import escape
 from matplotlib.figure import Figure
 
 STYLE = """
-body{font-family:system-ui,sans-serif;max-width:72em;margin:2em auto;padding:0 1em;color-scheme:light dark}
+:root{color-scheme:light dark}pre{overflow-x:auto}
+body{font-family:system-ui,sans-serif;max-width:72em;margin:2em auto;padding:0 1em}
 table{border-collapse:collapse;font-variant-numeric:tabular-nums}.wide{overflow-x:auto}.wide td{white-space:nowrap}
 td,th{padding:.2em .6em;text-align:right;border-bottom:1px solid #8884}td:first-child,th:first-child{text-align:left}
 img{max-width:100%;background:white}.panels{display:grid;grid-template-columns:repeat(auto-fill,minmax(20em,1fr));gap:1em}

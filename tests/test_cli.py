@@ -1,5 +1,6 @@
 """The command line, run as a user runs it: what it writes, what it says, and its exit status."""
 
+import io
 import os
 import shlex
 import shutil
@@ -13,12 +14,13 @@ import matplotlib
 import numpy as np
 import pytest
 import torch
+from axe_playwright_python.sync_playwright import Axe
 from PIL import Image
 from torchvision import transforms
 
 import libragrad_minimal.cli as cli
 import libragrad_minimal.commands as commands
-from libragrad_minimal import LIBRA, PLAIN, attribute, audits, progress
+from libragrad_minimal import LIBRA, PLAIN, attribute, audits, pages, progress
 from libragrad_minimal.demo_vits import VITS
 from libragrad_minimal.explanations import crop_box
 from libragrad_minimal.models import DATA, DEMOS, LoadedModel, Unreachable, load_demo
@@ -348,6 +350,21 @@ def test_demo_writes_one_page_that_a_browser_shows(tmp_path):
     pixels = np.asarray(Image.open(screenshot).convert("RGB")).astype(int)
     orange = (pixels[..., 0] - pixels[..., 2] > 60).mean()
     assert orange > 0.005, "heatmaps and strips are visible"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("scheme, sign", [("light", 1), ("dark", -1)])
+def test_our_pages_are_light_and_dark_and_never_scroll_sideways(scheme, sign, browser, tmp_path):
+    told = f'<pre tabindex="0">{"wide " * 40}</pre><p>{"words " * 40}</p>'
+    (tmp_path / "page.html").write_text(pages.page("A page", told), encoding="utf-8")
+    page = browser.new_page(viewport={"width": 390, "height": 600}, color_scheme=scheme)
+    page.goto((tmp_path / "page.html").as_uri())
+    assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
+    shades = np.asarray(Image.open(io.BytesIO(page.screenshot())).convert("L")).astype(float)
+    serious = [v["id"] for v in Axe().run(page).response["violations"] if v["impact"] in ("serious", "critical")]
+    page.close()
+    background, text = np.median(shades), shades.min() if scheme == "light" else shades.max()
+    assert sign * (background - text) > 150 and serious == []
 
 
 def test_integrated_gradients_run_plain_by_default(tmp_path, capsys):
