@@ -10,6 +10,7 @@ import sys
 import warnings
 from collections.abc import Sequence
 from difflib import get_close_matches
+from io import TextIOWrapper
 
 import click
 
@@ -36,6 +37,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         The exit status: 0, 1 if an audit or a sweep found faults, 2 for bad input, 130 if stopped.
     """
     arguments = list(sys.argv[1:] if arguments is None else arguments) or ["--help"]
+    if isinstance(sys.stdout, TextIOWrapper):  # else a letter that a pipe's encoding lacks, on Windows, ends it all
+        sys.stdout.reconfigure(errors="backslashreplace")
     logging.disable(logging.ERROR)  # libraries log what they raise, too
     try:
         with warnings.catch_warnings():

@@ -309,7 +309,7 @@ def explain_pictures(asked: Asked, photos: Sequence[str], prepare: Callable, **o
 def text(asked: Asked, prompt: str, target: str | None, against: str | None) -> int:
     """Which words of a text a language model's next word comes from.
 
-    A character that is cut over several tokens stands at the first of them, and a mark (⋯) at the others.
+    A character that is cut over several tokens stands at the first of them, and dots at the others.
     """
     ((place, scores),) = asked.figure_and_scores(["attribution"], [*HTML, *KINDS])
     loaded = load("llama", asked.model)

@@ -326,6 +326,16 @@ def test_nothing_but_results_when_piped(tmp_path):
     assert done.stdout.startswith("why ")
 
 
+def test_letters_that_a_pipe_cannot_write_end_nothing(scene, tmp_path):
+    """Windows' pipes are of cp1252 or another of few letters."""
+    needs_demo("clip")
+    command = [sys.executable, "-m", "libragrad_minimal", "clip", str(scene), *DEMO, "-p", "\u732b"]
+    environment = os.environ | {"PYTHONIOENCODING": "cp1252"}
+    place = ["-o", str(tmp_path / "out.png")]
+    done = subprocess.run([*command, *place], capture_output=True, text=True, cwd=DATA.parent, env=environment)
+    assert done.returncode == 0 and done.stdout.startswith("\\u732b: output "), done.stderr
+
+
 @pytest.mark.slow
 def test_demo_writes_one_page_that_a_browser_shows(tmp_path):
     for kind in ("vit", "clip", "llama"):
