@@ -181,12 +181,13 @@ def skipped(table: pd.DataFrame) -> list[str]:
 
 
 def compared(first: pd.DataFrame, second: pd.DataFrame, by: Sequence[str]) -> pd.DataFrame:
-    """Paired differences, first less second, over the examples that both have: mean, standard error, number."""
+    """Paired differences, first less second, over the examples that both have: mean, standard error, number, and how
+    many standard errors the mean is away from zero."""
     pairs = first.merge(second, on=["example", *by], suffixes=("", " of the second"))
     pairs["difference"] = pairs["value"].astype(float) - pairs["value of the second"].astype(float)
     grouped = pairs.groupby(list(by), observed=True, sort=False)["difference"]
     result = grouped.agg(difference="mean", error="sem", examples="count").reset_index()
-    return result.assign(errors=result["difference"].abs() / result["error"])
+    return result.assign(**{"in standard errors": result["difference"].abs() / result["error"]})
 
 
 def compare(first: str, second: str, folder: Path) -> pd.DataFrame:

@@ -20,8 +20,8 @@ def find_class(wanted: str, names: Sequence[str] | None, count: int, model: str)
     Raises:
         ValueError: no class is called so (with the closest names), or several are (with their numbers).
     """
-    if wanted.isdecimal():
-        if int(wanted) >= count:
+    if re.fullmatch(r"-?\d+", wanted.strip()):
+        if not 0 <= int(wanted) < count:
             raise ValueError(f"{model} has classes 0..{count - 1}, not {wanted}")
         return int(wanted)
     if not names:
@@ -39,12 +39,18 @@ def find_class(wanted: str, names: Sequence[str] | None, count: int, model: str)
         raise ValueError(f"{wanted!r} names {len(found)} classes of {model}: {listed}{more}. Give the number of one")
     if len(names) < 20:
         raise ValueError(f"{model} knows no class {wanted!r}: it knows {', '.join(names)}")
-    number_of = {part: number for number, parts in enumerate(synonyms) for part in parts}
-    close = [f"{part} ({number_of[part]})" for part in get_close_matches(asked, number_of, n=4)]
+    close = similar(asked, synonyms)
     advice = f"did you mean {', '.join(close)}?" if close else f"it has {count}, such as {names[0]}"
     raise ValueError(f"{model} knows no class {wanted!r}: {advice}")
 
 
+def similar(asked: str, synonyms: Sequence[Sequence[str]]) -> list[str]:
+    """What a misspelled name could be: names with their numbers, and words that one name has or several share."""
+    parts = {part: f"{part} ({number})" for number, parts in enumerate(synonyms) for part in parts}
+    known = {word: word for part in parts for word in part.split()} | parts
+    return [known[name] for name in get_close_matches(asked, known, n=4)]
+
+
 def words(name: str) -> str:
     """In small letters, whatever stands between the words."""
-    return " ".join(re.findall(r"\w+", name.lower()))
+    return " ".join(re.findall(r"[^\W_]+", name.lower()))

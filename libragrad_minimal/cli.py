@@ -10,10 +10,11 @@ import sys
 import warnings
 from collections.abc import Sequence
 from difflib import get_close_matches
+from io import TextIOWrapper
 
 import click
 
-from .progress import complain
+from .progress import complain, telling
 
 COMMANDS = {
     "image": "Which parts of a photograph speak for a class.",
@@ -36,6 +37,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         The exit status: 0, 1 if an audit or a sweep found faults, 2 for bad input, 130 if stopped.
     """
     arguments = list(sys.argv[1:] if arguments is None else arguments) or ["--help"]
+    if isinstance(sys.stdout, TextIOWrapper):  # else a letter that a pipe's encoding lacks, on Windows, ends it all
+        sys.stdout.reconfigure(errors="backslashreplace")
     logging.disable(logging.ERROR)  # libraries log what they raise, too
     try:
         with warnings.catch_warnings():
@@ -71,7 +74,8 @@ class Commands(click.Group):
         if name not in COMMANDS:
             close = get_close_matches(name, COMMANDS, n=1)
             ctx.fail(f"No such command {name!r}." + "".join(f" Did you mean {known!r}?" for known in close))
-        from .commands import commands
+        with telling("loading PyTorch"):
+            from .commands import commands
 
         return commands[name]
 

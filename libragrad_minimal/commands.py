@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import io
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from functools import wraps
@@ -36,7 +36,7 @@ from .explanations import (
 from .files import whole_file
 from .methods import METHODS, NAMED_RULES
 from .models import DEMOS, VITS, LoadedModel, Unreachable, load_demo, load_pretrained
-from .outputs import KINDS, checked, one_each, writable
+from .outputs import HTML, KINDS, checked, places, writable
 from .pages import page
 from .pictures import EXTENSIONS, open_picture
 from .plots import STRONGEST, Look, Strip, TokenStrips
@@ -59,24 +59,30 @@ DEMO_KNOWS = {
 }
 
 
+LONGEST = 200  # characters of a title
 METHOD_HELP = ", ".join(name for name in METHODS if not name.startswith(("IG ", "SmoothGrad ")))
 METHOD_HELP += "; or IG or SmoothGrad and the name of one that reads gradients"
 
 # ---- what is typed ---------------------------------------------------------------------------------------------------
 
 
-class Method(click.ParamType):
-    """A method's name however it is capitalised or joined: attention-rollout, ATTCAT, fullgrad+."""
+class Named(click.ParamType):
+    """One of some names, however it is capitalised or joined: attention-rollout, ATTCAT, fullgrad+; AttnLRP."""
 
-    name = "method"
+    def __init__(self, name: str, known: Iterable[str], listed: str) -> None:
+        self.name, self.listed = name, listed
+        self.known = {self.squeezed(one): one for one in known}
+
+    @staticmethod
+    def squeezed(name: str) -> str:
+        return "".join(c for c in name.lower() if c.isalnum() or c == "+")
 
     def convert(self, value: str, param: click.Parameter | None, ctx: click.Context | None) -> str:
-        squeezed = {"".join(c for c in name.lower() if c.isalnum() or c == "+"): name for name in METHODS}
-        typed = "".join(c for c in value.lower() if c.isalnum() or c == "+")
-        if typed in squeezed:
-            return squeezed[typed]
-        close = [squeezed[name] for name in get_close_matches(typed, squeezed)]
-        return self.fail(f"unknown method {value!r}; there are {', '.join(close) or METHOD_HELP}", param, ctx)
+        typed = self.squeezed(value)
+        if typed in self.known:
+            return self.known[typed]
+        close = [self.known[name] for name in get_close_matches(typed, self.known)]
+        return self.fail(f"unknown {self.name} {value!r}; there are {', '.join(close) or self.listed}", param, ctx)
 
 
 class Several(click.ParamType):
@@ -93,8 +99,9 @@ class Several(click.ParamType):
         return tuple(self.one.convert(name.strip(), param, ctx) for name in value.split(","))
 
 
-RULES = click.Choice(list(NAMED_RULES))
-PATH = click.Path(path_type=Path)
+METHOD = Named("method", METHODS, METHOD_HELP)
+RULES = Named("rules", NAMED_RULES, RULES_HELP := ", ".join(NAMED_RULES))
+MORE_THAN_NONE = click.FloatRange(0, min_open=True)
 
 
 commands: dict[str, click.Command] = {}
@@ -124,28 +131,22 @@ class Asked:
     method: str
     rules: Rules | None
     model: str | None
-    output: Path | None
+    output: str | None
     format: str
-    save_scores: Path | None
+    save_scores: str | None
     overwrite: bool
     look: Look
 
     def figure_and_scores(self, sources: Sequence[str], kinds: Sequence[str]) -> list[tuple[Path, Path | None]]:
         """Where to write for each source, checked: files for one, folders for several."""
-        inputs = [Path(source) for source in sources if "://" not in source]
-        one = len(sources) == 1
-        figure = self.output or Path(f"attribution.{self.format}" if one else "attributions")
-        if not one and figure.suffix.lower() in kinds:
-            raise ValueError(f"{len(sources)} pictures can't all be written to {figure}: name a folder, -o maps")
-        figures, scores = [figure], [self.save_scores]
-        if not one or figure.is_dir() or (figure.suffix == "" and self.output):
-            figures = one_each(sources, figure, f".{self.format}")
-        if self.save_scores and (not one or self.save_scores.is_dir()):
-            scores = list(one_each(sources, self.save_scores, ".npz"))
-        elif not one:
-            scores = [None] * len(sources)
+        inputs = [Path(source).expanduser() for source in sources if "://" not in source]
+        default = f"attribution.{self.format}" if len(sources) == 1 else "attributions"
+        figures = places(default if self.output is None else self.output, sources, kinds, f".{self.format}")
         checked(figures, kinds, self.overwrite, inputs)
-        checked([path for path in scores if path], [".npz"], self.overwrite, inputs)
+        if self.save_scores is None:
+            return [(figure, None) for figure in figures]
+        scores = places(self.save_scores, sources, [".npz"], ".npz")
+        checked(scores, [".npz"], self.overwrite, inputs)
         return list(zip(figures, scores, strict=True))
 
 
@@ -161,17 +162,17 @@ def model_help(kind: str) -> str:
 def explaining(kind: str, default_format: str, formats: Sequence[str], method: str = "FullGrad+") -> Callable:
     """The options that all explanations share; the command gets them as one `Asked`."""
     options = (
-        click.option("--method", type=Method(), default=method, show_default=True, help=f"One of {METHOD_HELP}."),
-        click.option("--rules", type=RULES, help="How gradients flow back.  [default: libra, for IG plain]"),
+        click.option("--method", type=METHOD, default=method, show_default=True, help=f"One of {METHOD_HELP}."),
+        click.option("--rules", type=RULES, help=f"One of {RULES_HELP}.  [default: libra, for IG plain]"),
         click.option(
             "--model",
             help=model_help(kind),
         ),
-        click.option("-o", "--output", type=PATH, help="A file; for several pictures a folder."
+        click.option("-o", "--output", metavar="PATH", help="A file, or a folder; for several pictures a folder."
                      f"  [default: attribution.{default_format}]"),
         click.option("--format", type=click.Choice(formats), default=default_format, show_default=True,
                      help="Of the files in a folder; a single file's is its extension."),
-        click.option("--save-scores", type=PATH, metavar="FILE.npz", help="The numbers behind the picture, too."),
+        click.option("--save-scores", metavar="FILE.npz", help="The numbers behind the picture, too."),
         click.option("--overwrite", is_flag=True, help="Replace files that are there already."),
         click.option("--colormap", metavar="NAME", help="Of matplotlib, its middle for zero, such as RdBu_r."
                      "  [default: orange for, blue against]"),
@@ -237,7 +238,7 @@ def image(asked: Asked, photos: tuple[str, ...], classes: tuple[str, ...], **opt
 
         return explain
 
-    return explain_pictures(asked, photos, prepare)
+    return explain_pictures(asked, photos, prepare, **given)
 
 
 @command(
@@ -259,15 +260,19 @@ def clip(asked: Asked, photos: tuple[str, ...], prompts: tuple[str, ...]) -> int
     def prepare(loaded: LoadedModel) -> Callable[[Tensor], tuple[Attribution, list[str], list[str]]]:
         def explain(pixels: Tensor) -> tuple[Attribution, list[str], list[str]]:
             result = attribute_phrases(loaded, pixels, prompts, asked.method, asked.rules)
-            return result, list(prompts), list(prompts)
+            titles = [prompt if len(prompt) <= LONGEST else f"{prompt[:LONGEST]}..." for prompt in prompts]
+            return result, titles, list(prompts)
 
         return explain
 
     return explain_pictures(asked, photos, prepare)
 
 
-def explain_pictures(asked: Asked, photos: Sequence[str], prepare: Callable) -> int:
-    """Each picture with the function that `prepare` makes of the model; one that can't be read doesn't stop others."""
+def explain_pictures(asked: Asked, photos: Sequence[str], prepare: Callable, **options: Any) -> int:
+    """Each picture with the function that `prepare` makes of the model; one that can't be read doesn't stop others.
+
+    `options` of the method are saved with the scores.
+    """
     sources = picture_sources(photos)
     places = asked.figure_and_scores(sources, KINDS)
     one = len(sources) == 1
@@ -291,8 +296,8 @@ def explain_pictures(asked: Asked, photos: Sequence[str], prepare: Callable) -> 
         save_figure(picture_figure(loaded, pixels, result, titles, asked.look), figure)
         if scores:
             about = {"photograph": source, "size": photo.size, "crop_box": crop_box(loaded.transform, photo.size)}
-            save_scores(scores, result, loaded, asked.method, titles, target=targets, **about)
-        say(result, titles, figure)
+            save_scores(scores, result, loaded, asked.method, titles, target=targets, **about, **options)
+        say(result, titles, figure, scores)
     return 2 if failed else 0
 
 
@@ -302,8 +307,11 @@ def explain_pictures(asked: Asked, photos: Sequence[str], prepare: Callable) -> 
 @click.option("--against", help="Explain why the target and not this word.")
 @explaining("llama", "html", ["html", *FIGURES])
 def text(asked: Asked, prompt: str, target: str | None, against: str | None) -> int:
-    """Which words of a text a language model's next word comes from."""
-    ((place, scores),) = asked.figure_and_scores(["attribution"], [".html", *KINDS])
+    """Which words of a text a language model's next word comes from.
+
+    A character that is cut over several tokens stands at the first of them, and dots at the others.
+    """
+    ((place, scores),) = asked.figure_and_scores(["attribution"], [*HTML, *KINDS])
     loaded = load("llama", asked.model)
     with telling("explaining the next word"):
         strip, result, chosen = attribute_text(loaded, prompt, target, against, asked.method, asked.rules)
@@ -311,7 +319,7 @@ def text(asked: Asked, prompt: str, target: str | None, against: str | None) -> 
     if scores:
         about = {"tokens": list(strip.tokens), "text": prompt, "against": against or ""}
         save_scores(scores, result, loaded, asked.method, [strip.title], target=[chosen], **about)
-    say(result, [strip.title], place)
+    say(result, [strip.title], place, scores)
     return 0
 
 
@@ -321,7 +329,7 @@ def text(asked: Asked, prompt: str, target: str | None, against: str | None) -> 
 @explaining("relevance", "html", ["html", *FIGURES], method="FullGrad")
 def relevance(asked: Asked, question: str, passage: str) -> int:
     """Which words make a passage answer a question."""
-    ((place, scores),) = asked.figure_and_scores(["attribution"], [".html", *KINDS])
+    ((place, scores),) = asked.figure_and_scores(["attribution"], [*HTML, *KINDS])
     name = asked.model or MS_MARCO
     bars_in_terminals_only()
     with telling(f"loading {name}"):
@@ -333,26 +341,28 @@ def relevance(asked: Asked, question: str, passage: str) -> int:
         found.strip(f"why this passage answers this question, or not ({asked.method}, {rules})"), asked.look, place
     )
     if scores:
-        about = {"question": question, "passage": passage, "words": found.words, "word_scores": found.scores}
-        save_scores(scores, found.attribution, encoder, asked.method, ["relevance"], target=[0], **about)
-    say(found.attribution, ["relevance"], place)
+        texts = {"question": question, "passage": passage, "tokens": found.tokens}
+        words = {"words": found.words, "word_scores": found.scores}
+        save_scores(scores, found.attribution, encoder, asked.method, ["relevance"], target=[0], **texts, **words)
+    say(found.attribution, ["relevance"], place, scores)
     return 0
 
 
 @command("demo -o demo.html")
-@click.option("-o", "--output", type=PATH, default=Path("libragrad_demo.html"), show_default=True)
+@click.option("-o", "--output", metavar="PATH", default="libragrad_demo.html", show_default=True)
 @click.option("--overwrite", is_flag=True, help="Replace a file that is there already.")
-def demo(output: Path, overwrite: bool) -> int:
+def demo(output: str, overwrite: bool) -> int:
     """Everything above on the small models shipped here, offline, on one page."""
     from .demo import demo_page
 
-    checked([output], [".html"], overwrite)
+    (place,) = places(output, ["libragrad_demo"], HTML, ".html")
+    checked([place], HTML, overwrite)
     with telling("explaining three demo models"):
         made = demo_page()
-    output.parent.mkdir(parents=True, exist_ok=True)
-    with whole_file(output) as beside:
+    place.parent.mkdir(parents=True, exist_ok=True)
+    with whole_file(place) as beside:
         beside.write_text(made, encoding="utf-8")
-    tell(f"wrote {output}")
+    tell(f"wrote {place}")
     return 0
 
 
@@ -375,18 +385,20 @@ def audit(model: str) -> int:
 @command('sweep timm --pattern "vit_tiny*"')
 @click.argument("library", type=click.Choice(list(LIBRARIES)))
 @click.option("--pattern", default="*", show_default=True, help="Of names: 'vit_*', 'decoder *', '* text'.")
-@click.option("--processes", type=int, default=1, show_default=True, help="Models at a time.")
-@click.option("--seconds", type=float, default=300, show_default=True, help="That a model may take.")
-@click.option("--gigabytes", type=float, default=6, show_default=True, help="That a model may use.")
-@click.option("-o", "--output", type=PATH, help="The table, or a folder for it.  [default: sweep_LIBRARY.csv]")
+@click.option("--processes", type=click.IntRange(1), default=1, show_default=True, help="Models at a time.")
+@click.option("--seconds", type=MORE_THAN_NONE, default=300, show_default=True, help="That a model may take.")
+@click.option("--gigabytes", type=MORE_THAN_NONE, default=6, show_default=True, help="That a model may use.")
+@click.option("-o", "--output", metavar="PATH", help="The table, or a folder for it.  [default: sweep_LIBRARY.csv]")
 def sweep_models(library, pattern, processes, seconds, gigabytes, output) -> int:
     """Does it work on every model of a library? One row a model; goes on where it was.
 
     Status 1 if anything is wrong or raises what isn't a refusal.
     """
-    path = output or Path()
-    path = path / f"sweep_{library}.csv" if path.is_dir() else path
-    writable(path.parent)
+    name = f"sweep_{library}"
+    (path,) = places(f"{name}.csv" if output is None else output, [name], [".csv"], ".csv")
+    if path.suffix.lower() != ".csv":
+        raise ValueError(f"can't write {path}: choose a name that ends in .csv")
+    writable(path)
     names = registered(library, pattern)
     if not names:
         raise ValueError(f"{library} has no model that matches {pattern!r}")
@@ -409,10 +421,8 @@ def sweep_models(library, pattern, processes, seconds, gigabytes, output) -> int
     metavar="KIND:WHERE",
     help="imagenet, imagenet-s, objects, pets, coco, mura, hub, scenes; for texts: texts, hub.",
 )
-@click.option("--methods", type=Several(Method()), metavar="NAME,...", help="With commas: IxG,FullGrad+,LeGrad.")
-@click.option(
-    "--rules", type=Several(RULES), metavar="NAME,...", help=f"Of {', '.join(NAMED_RULES)}.  [default: plain,libra]"
-)
+@click.option("--methods", type=Several(METHOD), metavar="NAME,...", help="With commas: IxG,FullGrad+,LeGrad.")
+@click.option("--rules", type=Several(RULES), metavar="NAME,...", help=f"Of {RULES_HELP}.  [default: plain,libra]")
 @click.option(
     "--metrics",
     type=Several(click.Choice(["completeness", "deletion", "segmentation"])),
@@ -439,25 +449,26 @@ def sweep_models(library, pattern, processes, seconds, gigabytes, output) -> int
 @click.option("--device-map", type=click.Choice(["auto"]), help="Spread a language model over several devices.")
 @click.option("--csv", is_flag=True, help="The table as CSV, too.")
 @click.option("--compare", nargs=2, metavar="A B", help="Measure nothing: two runs ('FullGrad+ libra') or folders.")
-@click.option("-o", "--output", type=PATH, default=Path("benchmark"), show_default=True, help="A folder.")
+@click.option("-o", "--output", metavar="FOLDER", default="benchmark", show_default=True)
 def benchmark(device_map, csv, compare, output, **given) -> int:  # fmt: skip
     """Does it tell the truth? Every method on a data set, in one table; goes on where it was."""
     from . import benchmark, report
 
+    folder = Path(output).expanduser()
     if compare:
-        table = benchmark.compare(compare[0], compare[1], output)
+        table = benchmark.compare(compare[0], compare[1], folder).rename(columns={"error": "standard error"})
         click.echo(table.to_string(index=False, float_format="{:.3f}".format))
         return 0
     if not (given["model"] and given["data"]):
         raise ValueError("a benchmark needs --model and --data, or --compare")
-    writable(output)
+    writable(folder / "table.parquet")
     settings = benchmark.Settings(**{name: value for name, value in given.items() if value is not None})
     with telling(f"measuring {settings.model} on {settings.data}", has_bar=True):
-        path = benchmark.run(settings, output, device_map)
+        path = benchmark.run(settings, folder, device_map)
     if path is None:
-        tell(f"this process's share is done; the table in {output} comes when the others are")
+        tell(f"this process's share is done; the table in {folder} comes when the others are")
         return 0
-    table = benchmark.read_table(output)
+    table = benchmark.read_table(folder)
     if csv:
         table.to_csv(path.with_suffix(".csv"), index=False)
     report.figure(table).savefig(path.with_name("figure.png"), dpi=120)
@@ -503,12 +514,15 @@ def bars_in_terminals_only() -> None:
 
 
 def picture_sources(photos: Sequence[str]) -> list[str]:
-    """The pictures of folders in the order of their names, and everything else as it was typed."""
+    """The pictures of folders by their names, without hidden ones, and everything else as it was typed."""
     sources = []
     for photo in photos:
         folder = Path(photo).expanduser()
+        if not photo.strip():
+            raise ValueError("the name of a picture is empty")
         if "://" not in photo and folder.is_dir():
-            inside = sorted(str(file) for file in folder.iterdir() if file.suffix.lower() in EXTENSIONS)
+            files = (file for file in folder.iterdir() if file.is_file() and not file.name.startswith("."))
+            inside = sorted(str(file) for file in files if file.suffix.lower() in EXTENSIONS)
             if not inside:
                 raise ValueError(f"the folder {photo} holds no picture ({', '.join(EXTENSIONS)})")
             sources += inside
@@ -534,7 +548,7 @@ def save_figure(figure: Figure, path: Path) -> None:
 
 def save_strip(strip: Strip, look: Look, path: Path) -> None:
     strips = TokenStrips(strip, look=look)
-    if path.suffix.lower() != ".html":
+    if path.suffix.lower() not in HTML:
         return save_figure(strips.figure(), path)
     path.parent.mkdir(parents=True, exist_ok=True)
     with whole_file(path) as beside:
@@ -560,8 +574,8 @@ def save_scores(
         beside.write_bytes(buffer.getvalue())
 
 
-def say(result: Attribution, titles: Sequence[str], place: Path) -> None:
+def say(result: Attribution, titles: Sequence[str], place: Path, scores: Path | None) -> None:
     for title, output, error in zip(titles, result.output, result.completeness_error, strict=True):
         known = "" if error.isnan() else f", completeness error {error:.1e}"
         tell(f"{title}: output {output:.3f}{known}")
-    tell(f"wrote {place}")
+    tell(f"wrote {place}" + (f" and {scores}" if scores else ""))

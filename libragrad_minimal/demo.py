@@ -55,4 +55,6 @@ def text() -> list[str]:
 
 
 def audited(kind: str) -> list[str]:
-    return [f"<details><summary>audit {kind}</summary><pre>{escape(str(audit_model(kind)))}</pre></details>"]
+    return [
+        f'<details><summary>audit {kind}</summary><pre tabindex="0">{escape(str(audit_model(kind)))}</pre></details>'
+    ]

@@ -15,7 +15,7 @@ from .attribution import Attribution, attribute
 from .engine import Rules
 from .families import check_inputs
 from .methods import NAMED_RULES
-from .models import LoadedModel, seen_picture, token_texts
+from .models import CUT, LoadedModel, seen_picture, token_texts
 from .plots import LOOK, Look, Strip, heatmaps
 from .prompts import attribute_prompts
 from .sentences import check_text
@@ -66,6 +66,8 @@ def attribute_text(
     explained = chosen
     if against is not None:
         other = find_token(loaded, against)
+        if other == chosen:
+            raise ValueError(f"the target and {against!r}, what it is compared with, begin with the same token")
         title += f" and not {written(loaded, other, against)}"
 
         def explained(logits):
@@ -90,8 +92,9 @@ def find_token(loaded: LoadedModel, word: str) -> int:
 
 def written(loaded: LoadedModel, token: int, word: str | None) -> str:
     """A token in quotation marks; of one that is only part of a character, the word that it begins."""
-    text = loaded.tokenizer.decode([token])
-    return f"the first bytes of {word!r}" if word and "\ufffd" in text else repr(text)
+    if word and CUT in loaded.tokenizer.decode([token]):
+        return f"the first bytes of {word!r}"
+    return repr(token_texts(loaded.tokenizer, [token])[0])
 
 
 def rules_name(rules: Rules) -> str:

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from .attribution import Attribution, attribute
+from .explanations import written
 from .hovering import PatchMap
 from .methods import METHODS, NAMED_RULES
 from .models import LoadedModel, seen_picture, token_texts
@@ -156,8 +157,7 @@ def explore_llama(loaded: LoadedModel, prompt: str, answer: str) -> Explorer:
         found = attribute(
             loaded.model, ids, tokens[0], method, NAMED_RULES[rules], **blocks_asked(loaded, method, layer)
         )
-        first = token_texts(loaded.tokenizer, tokens[:1])[0]
-        title = described(f"{first!r}", method, rules, layer, found)
+        title = described(written(loaded, tokens[0], answer), method, rules, layer, found)
         return TokenStrips(Strip(token_texts(loaded.tokenizer, ids[0]), found.scores[0].tolist(), title))
 
     return Explorer(draw, prompt=prompt, answer=answer, **kinds_of_maps(loaded))

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import warnings
 from functools import cache
-from unicodedata import category
+from unicodedata import category, east_asian_width
 
-from matplotlib.font_manager import findSystemFonts, fontManager, get_font
+from matplotlib.font_manager import FontEntry, findSystemFonts, fontManager, get_font, weight_dict
 
 OWN, OWN_MONO = "DejaVu Sans", "DejaVu Sans Mono"  # shipped with matplotlib
 FIRST = ("CJK", "Noto", "Droid", "Hei", "Gothic", "Song", "Ming", "Unicode")  # families that have many scripts
+LISTED = 40  # characters in a warning
+REGULAR = weight_dict["regular"]
 UNDRAWABLE = ("emoji", "last resort", "blank")  # coloured glyphs, which matplotlib can't draw, or none at all
 
 
@@ -27,13 +29,20 @@ def families_for(text: str, own: str = OWN) -> list[str]:
         if not missing:
             break
     if missing:
-        listed = "".join(sorted(missing)[:10])
+        listed = "".join(sorted(missing)[:LISTED]) + "..." * (len(missing) > LISTED)
+        packages = " and ".join(sorted(set(map(package, missing))))
         warnings.warn(
-            f"no font on this machine has {listed}: drawn as boxes; install one that has, on Debian fonts-noto-cjk "
-            "for Chinese, Japanese and Korean, or write HTML, which a browser draws",
+            f"no font on this machine has {listed}: drawn as boxes; install one that has (on Debian {packages})",
             stacklevel=3,
         )
     return families
+
+
+def package(character: str) -> str:
+    """Debian's, with a font that has the character and that matplotlib can draw."""
+    if category(character) == "So":
+        return "fonts-symbola"  # its emoji are outlines; matplotlib draws no coloured ones
+    return "fonts-noto-cjk" if east_asian_width(character) in "WF" else "fonts-noto-core"
 
 
 def needs_glyph(character: str) -> bool:
@@ -63,6 +72,14 @@ def system_fonts() -> list[tuple[str, str]]:
                 fontManager.addfont(file)
             except (OSError, RuntimeError, ValueError):
                 continue
-    regular = [e for e in fontManager.ttflist if e.style == "normal" and e.weight in (400, "normal", "regular")]
-    usable = {e.name: e.fname for e in regular if not any(word in e.name.lower() for word in UNDRAWABLE)}
+    upright = (entry for entry in fontManager.ttflist if entry.style == "normal")
+    usable = {
+        entry.name: entry.fname
+        for entry in sorted(upright, key=lambda entry: -abs(weight_of(entry) - REGULAR))
+        if not any(word in entry.name.lower() for word in UNDRAWABLE)
+    }  # of each family the weight nearest to regular; there are some that have no other than medium
     return sorted(usable.items(), key=lambda entry: (not any(word in entry[0] for word in FIRST), entry[0]))
+
+
+def weight_of(entry: FontEntry) -> int:
+    return weight_dict[entry.weight] if isinstance(entry.weight, str) else entry.weight

@@ -10,6 +10,7 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial, wraps
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from .checkpoints import LONGEST, Checkpoint, damaged, read_checkpoint
 from .demo_vits import SIDE, VITS, build
 from .room import announce, cause, device_and_dtype, or_a_smaller_one
 from .sentences import one_line
+from .token_bytes import bytes_of, whole_characters
 from .untrusted import check_open_clip_config, config_of_weights, in_one_sentence, place_of
 
 PACKAGE = Path(__file__).resolve().parent
@@ -140,6 +142,9 @@ def _pretrained_vit(name: str) -> LoadedModel:
     from huggingface_hub.errors import LocalEntryNotFoundError
     from timm.data import ImageNetInfo, create_transform, resolve_model_data_config
 
+    if ":" not in name and not timm.is_model(name.split(".")[0]):
+        similar = difflib.get_close_matches(name.split(".")[0], timm.list_models())
+        raise ValueError(f"timm has no model {name!r}; similar ones are {', '.join(similar) or 'none'}")
     about = timm.get_pretrained_cfg(name)
     if about is not None and about.hf_hub_id:
         announce("vit", name, about.hf_hub_id, "model.safetensors", "pytorch_model.bin")
@@ -324,6 +329,9 @@ def _are_texts(value: Any) -> bool:
     return isinstance(value, list) and all(isinstance(item, str) for item in value)
 
 
+CUT = "\N{REPLACEMENT CHARACTER}"  # decoding's word for a part of a character
+
+
 def token_texts(tokenizer: Any, ids: list[int] | Tensor) -> list[str]:
     """Every token as it stands in the text, with its leading space: [" Ben", "'s", " kite"].
 
@@ -331,11 +339,18 @@ def token_texts(tokenizer: Any, ids: list[int] | Tensor) -> list[str]:
         tokenizer: one of transformers.
         ids: (T,) token ids.
     Returns:
-        T strings. A token that is only part of a character (byte-level tokenizers cut some in two) shows as a
-        replacement character.
+        T strings, which together are the text. A character that is cut over several tokens (of byte-level tokenizers)
+        stands whole at the first of them, and the others are ""; one that isn't all there is its bytes, "<E7><BA>".
     """
     tokens = tokenizer.convert_ids_to_tokens(torch.as_tensor(ids).tolist())
-    return [_text_of(token, tokenizer.convert_tokens_to_string([token])) for token in tokens]
+    texts = [_text_of(token, tokenizer.convert_tokens_to_string([token])) for token in tokens]
+    pieces = [(bytes_of(token) or b"") if CUT in text else b"" for token, text in zip(tokens, texts, strict=True)]
+    for are_cut, places in groupby(range(len(tokens)), lambda place: bool(pieces[place])):
+        if are_cut:
+            run = list(places)
+            for place, text in zip(run, whole_characters([pieces[place] for place in run]), strict=True):
+                texts[place] = text
+    return texts
 
 
 def _text_of(token: str, alone: str) -> str:
@@ -406,9 +421,10 @@ def _pretrained_clip(name: str) -> LoadedModel:
         raise ValueError(f"open_clip has no model {architecture!r}; similar ones are {', '.join(similar) or 'none'}")
     tags = open_clip.list_pretrained_tags_by_model(architecture)
     if not itself and tag not in tags and not Path(tag).is_file():
+        fault = f"{tag!r} is neither a file nor weights that open_clip has for it" if tag else "it needs weights, too"
         raise ValueError(
-            f"{tag!r} is neither a file nor weights that open_clip has for {architecture}; "
-            f"write {architecture}/FILE, or a tag in place of FILE: {', '.join(tags) or 'none is known'}"
+            f"{architecture}: {fault}; write {architecture}/FILE, or a tag in place of FILE: "
+            f"{', '.join(tags) or 'none is known'}"
         )
     place = f"{name.split(':')[1]}/" if itself else open_clip.get_pretrained_cfg(architecture, tag).get("hf_hub", "")
     repository, _, file = place.rpartition("/")

@@ -2,11 +2,40 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from tempfile import TemporaryFile
+from tempfile import TemporaryDirectory
+
+from .files import whole_file
 
 KINDS = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".webp", ".pdf", ".svg")  # of figures
+HTML = (".html", ".htm")
+
+
+def places(named: str, sources: Sequence[str], kinds: Sequence[str], suffix: str) -> list[Path]:
+    """The files that a name means: the file of this name, or one for each source in the folder of this name.
+
+    Args:
+        named: a folder's is that of one that is there, ends in a slash, or has no extension.
+        sources: what the files in a folder are named after.
+        kinds: the extensions that a file may have.
+        suffix: the extension of files in a folder.
+    Raises:
+        ValueError: no name, or one file's for several sources.
+    """
+    path = Path(named).expanduser()
+    if named.strip() in ("", "-") or path.name.lower() in kinds:
+        raise ValueError(
+            f"{named!r} is no name to write to: give a file's, such as {sources[0]}{suffix}, or a folder's"
+        )
+    if path.is_dir() or named.endswith(("/", os.sep)) or not path.suffix:
+        return one_each(sources, path, suffix)
+    if len(sources) == 1:
+        return [path]
+    if path.suffix.lower() in kinds:
+        raise ValueError(f"{len(sources)} pictures can't all be written to {path}: name a folder, {path.stem}")
+    return one_each(sources, path, suffix)
 
 
 def checked(paths: Iterable[Path], kinds: Sequence[str], overwrite: bool, inputs: Iterable[Path] = ()) -> None:
@@ -31,17 +60,22 @@ def checked(paths: Iterable[Path], kinds: Sequence[str], overwrite: bool, inputs
             raise FileExistsError(f"{path} is the input itself: choose another name, or --overwrite it")
         if path.exists() and not overwrite:
             raise FileExistsError(f"{path} is there already: choose another name with -o, or --overwrite it")
-        writable(path.parent)
+        writable(path)
 
 
-def writable(folder: Path) -> None:
-    """Raises OSError if no file could be written into a folder, which needn't be there yet."""
-    there = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
+def writable(path: Path) -> None:
+    """Raises OSError if no file could be written to `path`, the folders of which needn't be there yet."""
+    whole, there = path.resolve(), None
     try:
-        with TemporaryFile(dir=there):
-            pass
+        there = next(parent for parent in whole.parents if parent.exists())
+        with TemporaryDirectory(dir=there) as trial:  # else names that are too long would show after the work
+            place = Path(trial) / whole.relative_to(there)
+            place.parent.mkdir(parents=True, exist_ok=True)
+            with whole_file(place) as beside:
+                beside.touch()
     except OSError as error:
-        raise OSError(f"can't write into {folder}: {error.strerror or error} ({there})") from error
+        where = f" ({there})" if there else ""
+        raise OSError(f"can't write {path}: {error.strerror or error}{where}") from error
 
 
 def one_each(sources: Sequence[str], folder: Path, suffix: str) -> list[Path]:

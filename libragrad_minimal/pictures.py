@@ -11,7 +11,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from .download import download
 from .sentences import one_line
-from .shades import TAGS, Declared, as_bytes, numbers_of_tiff
+from .shades import TAGS, Declared, as_bytes, bright_enough, numbers_of_tiff, stretched
 
 # Pillow knows more, and some of those run programs: EPS is drawn by Ghostscript, which executes what the file says.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
@@ -54,7 +54,7 @@ def _too_large(name: str) -> str:
 def _decoded(content: bytes, name: str) -> Image.Image:
     try:
         picture = open_file(io.BytesIO(content))
-        declared = Declared.by(picture)
+        declared = Declared.by(picture, content)
     except UnidentifiedImageError as error:
         if content[:4] in (b"II*\0", b"MM\0*"):
             return _tiff(content, name)
@@ -65,7 +65,7 @@ def _decoded(content: bytes, name: str) -> Image.Image:
         raise _damaged(name, error) from error
     if declared.cut and declared.white is not None:
         return _tiff(content, name)
-    return _checked(picture, name)
+    return _checked(picture, name, content)
 
 
 def open_file(file: io.BytesIO | Path | str) -> Image.Image:
@@ -105,12 +105,12 @@ def _check_size(width: int, height: int, name: str) -> None:
         raise ValueError(f"{name} has {width} x {height} pixels; it needs at least {SMALLEST_SIDE} on each side")
 
 
-def _checked(picture: Image.Image, name: str) -> Image.Image:
+def _checked(picture: Image.Image, name: str, content: bytes = b"") -> Image.Image:
     _check_size(*picture.size, name)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            declared = Declared.by(picture)
+            declared = Declared.by(picture, content)
             picture.load()
             picture = _upright(picture)
     except Exception as error:
@@ -126,6 +126,12 @@ def _upright(picture: Image.Image) -> Image.Image:
 
 
 def _rgb(picture: Image.Image, declared: Declared, name: str) -> Image.Image:
+    scaled = stretched(np.asarray(picture), declared.bits) if declared.bits else None
+    if scaled is not None:
+        return _opaque(Image.fromarray(scaled), name)
+    few_bits = declared.white is not None and declared.white < 128 and picture.mode in ("L", "RGB")
+    if few_bits and np.max(picture.getextrema()) <= declared.white:
+        return as_bytes(np.asarray(picture), declared, name).convert("RGB")
     if picture.mode.startswith(("I", "F")) or declared.dtype:  # more than 0 to 255, where Pillow would cut
         values = np.asarray(picture)
         return as_bytes(values.view(declared.dtype) if declared.dtype else values, declared, name).convert("RGB")
@@ -136,7 +142,7 @@ def _rgb(picture: Image.Image, declared: Declared, name: str) -> Image.Image:
                 f"{name} holds no number above {brightest} of 65535 and would be black: scale its 10 or 12 bits to "
                 "0 ... 255 and save it with 8 bits"
             )
-    return _opaque(picture, name)
+    return bright_enough(_opaque(picture, name), name)
 
 
 def _opaque(picture: Image.Image, name: str) -> Image.Image:

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from difflib import get_close_matches
+from itertools import chain
 from textwrap import fill
 from typing import Any
-from unicodedata import east_asian_width
+from unicodedata import category, east_asian_width
 
 import matplotlib
 import matplotlib.pyplot as plt
@@ -15,8 +16,8 @@ import numpy as np
 from matplotlib.figure import Figure
 from PIL import Image
 
-from .fonts import OWN_MONO, characters, families_for, file_of
-from .sentences import in_html, shown
+from .fonts import OWN, OWN_MONO, characters, families_for, file_of
+from .sentences import code_point, in_html, shown
 
 POSITIVE, NEGATIVE = (213, 94, 0), (0, 114, 178)  # Okabe and Ito's vermilion and blue: told apart by colour-blind eyes
 # Opacities of the highest score's colour and of a muted token: text keeps a contrast of 4.5 to 1, on light pages and on
@@ -61,6 +62,7 @@ LOOK, STRIP_LOOK = Look(), Look(alpha=STRONGEST)
 # --- token strips -----------------------------------------------------------------------------------------------------
 
 VISIBLE = {" ": "·", "\n": "↵", "\r": "␍", "\t": "⇥"}
+CONTINUED = "⋯"  # a token that only continues the character before it, and so has no text of its own
 
 
 @dataclass
@@ -111,7 +113,9 @@ class TokenStrips:
 
 
 def visible(token: str) -> str:
-    """A token with its spaces, tabs and line breaks made visible, and what has no shape but an effect."""
+    """A token with its spaces, tabs and line breaks made visible, and what has no shape but an effect, or none."""
+    if all(category(character) == "Cf" for character in token):
+        return "".join(map(code_point, token)) or CONTINUED
     return shown("".join(VISIBLE.get(character, character) for character in token))
 
 
@@ -135,14 +139,15 @@ def _token_html(token: str, score: float, opacity: float, muted: bool, look: Loo
     else:  # against: dotted line, so that the sign survives a black-and-white printer
         line = ";border-bottom:2px dotted currentColor" if opacity < -0.1 else ""
         paint, hover = f"background:rgba({red},{green},{blue},{look.alpha * abs(opacity):.2f}){line}", f"{score:+.3g}"
+        hover += "" if token else ", for a part of the character before"
     line_break = "<br>" if token.endswith("\n") else ""
     return f'<span title="{hover}" style="{shape}{paint}">{in_html(visible(token))}</span>{line_break}'
 
 
 def _strips_figure(strips: Sequence[Strip], width: float, look: Look) -> Figure:
     size = 10
-    texts = [shown(strip.title) for strip in strips], [visible(token) for strip in strips for token in strip.tokens]
-    title_families, families = families_for("".join(texts[0])), families_for("".join(texts[1]), OWN_MONO)
+    texts = [shown(strip.title) + "".join(map(visible, strip.tokens)) for strip in strips]
+    families = families_for("".join(texts), OWN_MONO)
     drawable = frozenset().union(*(characters(file_of(family)) for family in families))
     column, line = 0.64 * size / 72, 2.0 * size / 72  # inches: DejaVu Sans Mono is 0.602 em wide, rounded up to pixels
     placed: list[tuple[float, float, str, float | None, bool]] = []
@@ -169,7 +174,7 @@ def _strips_figure(strips: Sequence[Strip], width: float, look: Look) -> Figure:
     for y, x, text, strength, muted in placed:
         style: dict[str, Any] = {"fontfamily": families, "fontsize": size, "va": "center", "parse_math": False}
         if strength is None:
-            axes.text(x, y + 0.4, text, color="0.35", **{**style, "fontfamily": title_families, "fontsize": size - 1})
+            axes.text(x, y + 0.4, text, color="0.35", **{**style, "fontfamily": [OWN, *families], "fontsize": size - 1})
             continue
         red, green, blue = look.colours(np.array(strength)) / 255
         face = (red, green, blue, 0 if muted else look.alpha * abs(strength))
@@ -216,16 +221,17 @@ def heatmaps(
             raise ValueError(f"column {title!r} has {len(maps)} maps for {len(pictures)} pictures: each needs its own")
     shape = (len(pictures), 1 + len(columns))
     titles = ["picture", *columns]
+    fonts = families_for("".join([*titles, *row_titles]))
     lines = max(_wrapped(title, size).count("\n") + 1 for title in titles)
     height = size * shape[0] + 0.13 + 0.17 * lines
     figure, grid = plt.subplots(*shape, figsize=(size * shape[1], height), squeeze=False)
     for row, picture in enumerate(pictures):
         grid[row, 0].imshow(picture)
-        _name_row(grid[row, 0], row, row_titles, size)
+        _name_row(grid[row, 0], row, row_titles, size, fonts)
         for axes, maps in zip(grid[row, 1:], columns.values(), strict=True):
             axes.imshow(blended(np.asarray(picture), np.asarray(maps[row], dtype=float), look))
     for axes, title in zip(grid[0], titles, strict=True):
-        _entitle(axes, title, size)
+        _entitle(axes, title, size, fonts)
     for axes in grid.flat:
         axes.set(xticks=[], yticks=[], anchor="S")  # what room there is lies above, for titles
     figure.tight_layout(pad=0.4)
@@ -255,25 +261,25 @@ def prompt_maps(
         ValueError: pictures, prompts and maps that aren't equally many.
     """
     shape = (len(pictures), 1 + max(map(len, prompts)))
+    fonts = families_for("".join([*chain(*prompts), *row_titles]))
     figure, grid = plt.subplots(*shape, figsize=(size * shape[1], (size + 0.25) * shape[0]), squeeze=False)
     for axes in grid.flat:
         axes.set(xticks=[], yticks=[], frame_on=False)
     for row, (picture, titles, scores) in enumerate(zip(pictures, prompts, maps, strict=True)):
         grid[row, 0].imshow(picture)
-        _name_row(grid[row, 0], row, row_titles, size)
+        _name_row(grid[row, 0], row, row_titles, size, fonts)
         full = np.quantile(np.abs(np.asarray(scores)), 0.98) or 1
         for axes, title, one in zip(grid[row, 1:], titles, scores, strict=False):
             axes.imshow(blended(np.asarray(picture), np.asarray(one, dtype=float), LOOK, full))
-            _entitle(axes, title, size)
+            _entitle(axes, title, size, fonts)
     figure.tight_layout(pad=0.4)
     plt.close(figure)
     return figure
 
 
-def _entitle(axes: plt.Axes, title: str, size: float) -> None:
-    """As it is written: a dollar sign begins no formula, and each character is drawn by a font that has it."""
-    lines = _wrapped(title, size)
-    axes.set_title(lines, fontsize=10, parse_math=False, fontfamily=families_for(lines))
+def _entitle(axes: plt.Axes, title: str, size: float, fonts: list[str]) -> None:
+    """As it is written: a dollar sign begins no formula."""
+    axes.set_title(_wrapped(title, size), fontsize=10, parse_math=False, fontfamily=fonts)
 
 
 def _wrapped(title: str, size: float) -> str:
@@ -282,9 +288,9 @@ def _wrapped(title: str, size: float) -> str:
     return "\n".join(fill(line, int(14 * size) // max(map(columns_of, line), default=1)) for line in lines)
 
 
-def _name_row(axes: plt.Axes, row: int, titles: Sequence[str], size: float) -> None:
+def _name_row(axes: plt.Axes, row: int, titles: Sequence[str], size: float, fonts: list[str]) -> None:
     name = _wrapped(titles[row], size) if row < len(titles) else ""
-    axes.set_ylabel(name, parse_math=False, fontfamily=families_for(name))
+    axes.set_ylabel(name, parse_math=False, fontfamily=fonts)
 
 
 def blended(picture: np.ndarray, scores: np.ndarray, look: Look = LOOK, full: float | None = None) -> np.ndarray:

@@ -122,9 +122,10 @@ def tokenize_prompts(tokenizer: Any, prompts: Sequence[str] | str) -> Tensor:
             raise ValueError(f"prompt {number} is empty; say what to look for, such as 'a red heart'")
         kept = words_kept(tokenizer, prompt)
         if kept != prompt:
+            end = f"after {kept[-60:]!r}" if kept else "within its first word"
             warnings.warn(
                 f"prompt {number} is longer than the {tokenizer.context_length} tokens this model reads: "
-                f"it is cut after {kept[-60:]!r}",
+                f"it is cut {end}",
                 stacklevel=2,
             )
     return tokenizer(prompts)

@@ -36,6 +36,7 @@ class Relevance:
     words: list[str]  # with the spaces before them; special tokens by their names
     scores: list[float]
     special: set[int]  # the places of special tokens
+    tokens: list[str]  # as the vocabulary writes them
     attribution: Attribution  # of the tokens
 
     def strip(self, title: str = "") -> Strip:
@@ -128,4 +129,4 @@ def _by_words(encoded: Any, spans: list[list[int]], texts: tuple[str, str], resu
                 words.append(piece)
                 scores.append(score)
         last = (text, word)
-    return Relevance(words, scores, special, result)
+    return Relevance(words, scores, special, tokens, result)

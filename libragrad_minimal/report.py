@@ -30,23 +30,46 @@ def columns(table: pd.DataFrame) -> pd.DataFrame:
     return found.pivot(index="run", columns="column", values="cell").reindex(index=order[0], columns=order[1])
 
 
+def shown(cells: pd.DataFrame) -> list[str]:
+    """The columns that are drawn."""
+    return [column for column in cells if column.split(", ")[0] in SHOWN] or list(cells)[:2]
+
+
 def figure(table: pd.DataFrame) -> Figure:
-    """A panel a metric: each run's mean with one standard error, the best on top."""
+    """A panel a metric, two beside each other: each run's mean with one standard error, the best on top."""
     cells = columns(table)
-    chosen = [column for column in cells if column.split(", ")[0] in SHOWN] or list(cells)[:2]
-    size = (3.4 * len(chosen) + 1.5, 0.24 * len(cells) + 1)
-    result, panels = plt.subplots(1, len(chosen), figsize=size, squeeze=False, layout="constrained")
-    for axes, column in zip(panels[0], chosen, strict=True):
-        known = cells[column].dropna()
-        known = known.loc[sorted(known.index, key=lambda run: known[run][0])]
-        for place, (run, (mean, error)) in enumerate(known.items()):
-            rules = str(run).rpartition(", ")[2] if ", " in str(run) else ""
-            axes.errorbar(mean, place, xerr=error, fmt="o", color=COLOURS.get(rules, OTHERS), markersize=4)
-        axes.set_yticks(range(len(known)), list(known.index), fontsize=8)
-        axes.set_title(column, fontsize=9)
-        axes.grid(axis="x", alpha=0.3)
+    drawn = shown(cells)
+    rows = -(-len(drawn) // 2)
+    result, grid = plt.subplots(rows, 2, figsize=(8, height(cells) * rows), squeeze=False, layout="constrained")
+    for axes in grid.flat[len(drawn) :]:
+        axes.axis("off")
+    for axes, column in zip(grid.flat, drawn, strict=False):
+        draw(axes, cells[column], column)
     plt.close(result)
     return result
+
+
+def panel(cells: pd.DataFrame, column: str) -> Figure:
+    """One of these by itself, as narrow as a phone."""
+    result, axes = plt.subplots(figsize=(4, height(cells)), layout="constrained")
+    draw(axes, cells[column], column)
+    plt.close(result)
+    return result
+
+
+def height(cells: pd.DataFrame) -> float:
+    return 0.24 * len(cells) + 0.7
+
+
+def draw(axes: plt.Axes, means: pd.Series, title: str) -> None:
+    known = means.dropna()
+    known = known.loc[sorted(known.index, key=lambda run: known[run][0])]
+    for place, (run, (mean, error)) in enumerate(known.items()):
+        rules = str(run).rpartition(", ")[2] if ", " in str(run) else ""
+        axes.errorbar(mean, place, xerr=error, fmt="o", color=COLOURS.get(rules, OTHERS), markersize=4)
+    axes.set_yticks(range(len(known)), list(known.index), fontsize=8)
+    axes.set_title(title, fontsize=9)
+    axes.grid(axis="x", alpha=0.3)
 
 
 def measured(table: pd.DataFrame) -> int:
@@ -55,12 +78,14 @@ def measured(table: pd.DataFrame) -> int:
 
 
 def page(table: pd.DataFrame, settings: Sequence[tuple[str, str]]) -> str:
-    """An HTML page with the figure, every mean with its standard error, what was skipped and the settings."""
+    """An HTML page with a figure a metric, every mean with its standard error, what was skipped and the settings."""
     cells, left_out = columns(table), skipped(table)
+    panels = [pages.embedded(panel(cells, column), alternative(cells[column], column), 200) for column in shown(cells)]
     body = [
-        f"<p>{measured(table)} examples. Mean ± standard error; the best of a column in bold, where there is one.</p>",
-        pages.embedded(figure(table), alternative(cells)),
-        f'<div class="wide">{html_table(cells)}</div>',
+        f"<p>{measured(table)} examples. Mean ± standard error; the best of a column in bold, where there is one. "
+        "Green: by Libra's gradients; grey: by plain ones; pink: by other rules; black: by none.</p>",
+        f'<div class="panels">{"".join(panels)}</div>',
+        f'<div class="wide" tabindex="0">{html_table(cells)}</div>',
         f"<h2>Skipped: {len(left_out)}</h2>{html_list(left_out)}",
         f"<h2>Settings</h2>{html_list(f'{name}: {value}' for name, value in settings)}",
     ]
@@ -104,13 +129,9 @@ def cell(value: tuple[float, float] | float, best: bool) -> str:
     return f"<b>{told}</b>" if best else told
 
 
-def alternative(cells: pd.DataFrame) -> str:
-    """The figure in words."""
-    said = []
-    for column in cells:
-        metric = str(column).split(", ")[0]
-        if metric in SHOWN:
-            known = cells[column].dropna()
-            best = max(known.index, key=lambda run: known[run][0])
-            said.append(f"by {column} {best} is highest with {known[best][0]:.3g}")
-    return "Means with standard errors of every run; " + "; ".join(said)
+def alternative(means: pd.Series, column: str) -> str:
+    """A panel in words."""
+    known = means.dropna()
+    best, worst = (pick(known.index, key=lambda run: known[run][0]) for pick in (max, min))
+    told = f"highest {best} with {known[best][0]:.3g}, lowest {worst} with {known[worst][0]:.3g}"
+    return f"{column}, means with standard errors of every run: {told}"

@@ -12,7 +12,11 @@ UNWRITABLE = {"Cc", "Cs", "Zl", "Zp"}  # control characters, halves of character
 def shown(text: object) -> str:
     """A text with its control characters written out, [U+202E]: some turn what follows around, so that it lies; some
     rule a terminal."""
-    return "".join(f"[U+{ord(c):04X}]" if c in TURNING or category(c) in UNWRITABLE else c for c in str(text))
+    return "".join(code_point(c) if c in TURNING or category(c) in UNWRITABLE else c for c in str(text))
+
+
+def code_point(character: str) -> str:
+    return f"[U+{ord(character):04X}]"
 
 
 def check_text(text: str, what: str) -> None:

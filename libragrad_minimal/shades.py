@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import io
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
-DARKEST = 0.05  # of white; a picture that has nothing brighter was meant in other units
+DARKEST = 1 / 16  # of white; a picture that has nothing brighter was meant in other units
 TAGS = {
     "BitsPerSample": 258,
     "PhotometricInterpretation": 262,
@@ -35,15 +35,21 @@ class Declared:
     inverted: bool = False  # zero is white
     orientation: int = 1
     cut: bool = False  # colours of 16 bits, of which Pillow keeps the upper 8
+    bits: tuple[int, ...] = ()  # of each channel that mean something, in a PNG
 
     @classmethod
-    def by(cls, picture: Image.Image) -> Declared:
-        """Must be asked before the picture is loaded."""
+    def by(cls, picture: Image.Image, content: bytes = b"") -> Declared:
+        """Must be asked before the picture is loaded.
+
+        Args:
+            content: of the picture's file; that of a PNG says what Pillow doesn't keep.
+        """
         cut = any(";16" in str(tile.args) for tile in getattr(picture, "tile", []))
-        return cls.of(getattr(picture, "tag_v2", {}), cut)
+        bits = significant_bits(content) if picture.format == "PNG" else ()
+        return replace(cls.of(getattr(picture, "tag_v2", {})), cut=cut, bits=bits)
 
     @classmethod
-    def of(cls, tags: Mapping[int, Any], cut: bool = False) -> Declared:
+    def of(cls, tags: Mapping[int, Any]) -> Declared:
         """By a TIFF's tags; other pictures have none."""
 
         def first(*names: str) -> float | None:
@@ -61,8 +67,41 @@ class Declared:
             dtype={(8, SIGNED): "int8", (32, UNSIGNED): "uint32"}.get((int(bits or 0), int(form))),
             inverted=first("PhotometricInterpretation") == 0,
             orientation=int(first("Orientation") or 1),
-            cut=cut,
         )
+
+
+def significant_bits(content: bytes) -> tuple[int, ...]:
+    """What a PNG's sBIT says of each channel, grey or red, green and blue, then alpha; nothing without one."""
+    place = 8
+    while (kind := content[place + 4 : place + 8]) not in (b"sBIT", b"IDAT", b""):
+        place += 12 + int.from_bytes(content[place : place + 4], "big")
+    length = int.from_bytes(content[place : place + 4], "big")
+    return tuple(content[place + 8 : place + 8 + length]) if kind == b"sBIT" else ()
+
+
+def stretched(values: np.ndarray, bits: tuple[int, ...]) -> np.ndarray | None:
+    """Numbers of few bits scaled to 8, where their writer didn't scale them to the file's depth, as PNG asks for.
+
+    That shows: no number is larger than so many bits allow, and one is smaller than the least one that is scaled; or
+    all would be black if they were scaled.
+
+    Args:
+        values: (H, W) or (H, W, channels), of 8 or 16 bits.
+        bits: of each channel, or none.
+    Returns:
+        The same shape, 8 bits; None for numbers that are scaled.
+    """
+    depth, channels = 8 * values.dtype.itemsize, values.shape[2] if values.ndim == 3 else 1
+    if len(bits) != channels or not all(0 < number <= depth for number in bits):
+        return None
+    white = 2 ** np.array(bits) - 1
+    least = 2 ** (depth - np.array(bits))
+    numbers = values.reshape(*values.shape[:2], channels)
+    is_black = (white[: 1 if channels < 3 else 3] < DARKEST * 2**depth).all()
+    if (numbers > white).any() or not (is_black or ((numbers > 0) & (numbers < least)).any()):
+        return None
+    shades = [(np.arange(largest + 1) * 255 / largest).round().astype(np.uint8) for largest in white]
+    return np.stack([shades[c][numbers[..., c]] for c in range(channels)], axis=-1).reshape(values.shape)
 
 
 def numbers_of_tiff(content: bytes) -> tuple[np.ndarray, Declared]:
@@ -102,6 +141,20 @@ def as_bytes(values: np.ndarray, declared: Declared, name: str) -> Image.Image:
     return Image.fromarray((255 - shades if declared.inverted else shades).astype(np.uint8))
 
 
+def bright_enough(picture: Image.Image, name: str) -> Image.Image:
+    """A picture of 8 bits.
+
+    Raises:
+        ValueError: it looks black and isn't: a mask of small numbers, or one that was meant in other units.
+    """
+    brightest = int(np.max(picture.getextrema()))
+    if 0 < brightest < DARKEST * 255:
+        raise ValueError(
+            f"{name} holds no number above {brightest} of 255 and would be black: scale its numbers to 0 ... 255"
+        )
+    return picture
+
+
 def _range(values: np.ndarray, declared: Declared, name: str) -> tuple[float, float]:
     """The numbers that stand for black and white: those that the file declares, else those that there's no doubt about.
 
@@ -109,7 +162,9 @@ def _range(values: np.ndarray, declared: Declared, name: str) -> tuple[float, fl
     stored with more bits. Between those lie 10- and 12-bit scans, measurements and high dynamic range.
     """
     finite = values[np.isfinite(values)]
-    darkest, brightest = (float(finite.min()), float(finite.max())) if finite.size else (np.nan, np.nan)
+    if not finite.size:
+        raise ValueError(f"{name} holds nothing but NaN and infinity, which are no shades: put numbers in their place")
+    darkest, brightest = float(finite.min()), float(finite.max())
     found = f"{name} holds numbers from {darkest:g} to {brightest:g}"
     if finite.size < values.size:
         raise ValueError(

@@ -278,7 +278,7 @@ def sweep(library: str, names: Sequence[str], path: Path, processes: int = 1, bo
     """Appends a row for every model that has none yet in the table at `path`, of the versions installed.
 
     Raises:
-        BlockingIOError: another sweep is at work on that table.
+        BlockingIOError: another sweep is at work on that table. FileExistsError: what is there is no table of a sweep.
     """
     with only_one(path):
         table = Table(path, library)
@@ -439,11 +439,13 @@ class Table:
             "torch": torch.__version__,
             "libragrad_minimal": version("libragrad_minimal"),
         }
-        if not path.exists() or not path.read_bytes().endswith(b"\n"):
-            lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
+        head, lines = ",".join(COLUMNS).encode(), path.read_bytes().splitlines(keepends=True) if path.exists() else []
+        if lines and lines[0].rstrip() != head:
+            raise FileExistsError(f"{path} is there already and is no table of a sweep: choose another name, -o")
+        if not lines or not lines[-1].endswith(b"\n"):
             whole = b"".join(line for line in lines if line.endswith(b"\n"))
             with whole_file(path) as unfinished:
-                unfinished.write_bytes(whole or (",".join(COLUMNS) + "\n").encode())
+                unfinished.write_bytes(whole or head + b"\n")
         ours = (row for row in read(path) if row["library"] == self.versions["library"])
         self.done: dict[str, Mapping[str, Any]] = {row["model"]: row for row in ours}
 

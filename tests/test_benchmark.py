@@ -344,6 +344,7 @@ def test_paired_differences_are_those_of_a_paired_t_test(measured):
     assert difference["difference"] == pytest.approx((wide["libra"] - wide["plain"]).mean())
     expected = ttest_rel(wide["libra"], wide["plain"]).statistic
     assert difference["difference"] / difference["error"] == pytest.approx(expected, rel=1e-5)
+    assert difference["in standard errors"] == pytest.approx(abs(expected), rel=1e-5)
     with pytest.raises(ValueError, match="has no run 'IxG best'; it has IxG plain"):
         compare("IxG best", "IxG plain", measured)
 
@@ -360,7 +361,9 @@ def test_command_writes_table_figure_and_page(tmp_path, capsys):
     there = {file.name for file in (tmp_path / "out").iterdir()}
     assert {"table.parquet", "table.csv", "figure.png", "report.html", "settings.json"} <= there
     assert cli.main(["benchmark", "--compare", "IxG libra", "IxG plain", "-o", str(tmp_path / "out")]) == 0
-    assert "AP" in capsys.readouterr().out
+    head, *rows = capsys.readouterr().out.splitlines()
+    assert head.split("  ")[-4:] == ["difference", "standard error", "examples", "in standard errors"]
+    assert any("AP" in row for row in rows)
 
 
 def test_report_says_every_mean_and_escapes_names(measured):
@@ -372,6 +375,24 @@ def test_report_says_every_mean_and_escapes_names(measured):
     assert "<li>a[U+202E]b[U+001B][2J</li>" in strange and "data: [U+2067]c" in strange
     (mean,) = summary(table).query("method == 'GenAtt' and rules == 'libra' and metric == 'AP'")["mean"]
     assert f"{mean:.3g} ±" in page
+    drawn = [axes for axes in report.figure(table).axes if axes.get_title()]
+    assert [axes.get_title() for axes in drawn] == report.shown(report.columns(table))
+    (ap,) = (axes for axes in drawn if axes.get_title() == "AP")
+    best = summary(table).query("metric == 'AP'").sort_values("mean")["method"].iloc[-1]
+    assert ap.get_yticklabels()[-1].get_text().startswith(best), "the best on top"
+
+
+@pytest.mark.parametrize("width, scheme", [(1200, "light"), (390, "dark")])
+def test_report_is_readable_on_a_screen_and_on_a_phone(measured, browser, tmp_path, width, scheme):
+    (tmp_path / "report.html").write_text(report.page(read_table(measured), [("model", "vit")]), encoding="utf-8")
+    page = browser.new_page(viewport={"width": width, "height": 900}, color_scheme=scheme)
+    page.goto((tmp_path / "report.html").as_uri(), wait_until="load")
+    assert page.evaluate("document.documentElement.scrollWidth <= innerWidth"), "the page scrolls sideways"
+    drawn = page.evaluate("[...document.images].map(i => [i.clientWidth, i.naturalWidth, i.alt])")
+    page.close()
+    assert len(drawn) >= 4 and all(told for _, _, told in drawn)
+    smallest = min(8 / 72 * 200 * shown / natural for shown, natural, _ in drawn)  # letters of 8 points at 200 an inch
+    assert smallest >= 9, "pixels"
 
 
 def test_rules_differ(measured):

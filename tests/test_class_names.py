@@ -17,7 +17,7 @@ def imagenet() -> list[str]:
         *(("tabby", 281), ("Tabby Cat", 281), ("ESPRESSO", 967), ("giant panda", 388), ("red panda", 387)),
         *(("Cardigan Welsh corgi", 264), ("ring-tailed lemur", 383), ("ring tailed lemur", 383), ("tank suit", 639)),
         *(("mouth harp", 593), ("Siamese", 284), ("corgi pembroke", None), ("999", 999), ("0", 0)),
-        ("lemur", 383),
+        *(("lemur", 383), ("egyptian_cat", 285), (" 7 ", 7)),
     ],
 )
 def test_the_class_that_is_meant(typed, number, imagenet):
@@ -47,7 +47,9 @@ def test_a_word_in_very_many_classes_is_not_listed_whole(imagenet):
 
 
 @pytest.mark.parametrize(
-    ("typed", "meant"), [("tabbby", "tabby (281)"), ("expresso", "espresso (967)"), ("golden retreiver", "(207)")]
+    ("typed", "meant"),
+    [("tabbby", "tabby (281)"), ("expresso", "espresso (967)"), ("golden retreiver", "(207)")]
+    + [("retreiver", "retriever,"), ("labradr", "labrador"), ("terier", "terrier,")],
 )
 def test_typos_get_suggestions(typed, meant, imagenet):
     with pytest.raises(ValueError, match="did you mean") as error:
@@ -59,7 +61,8 @@ def test_typos_get_suggestions(typed, meant, imagenet):
     ("typed", "names", "message"),
     [
         ("1000", ["a"] * 1000, "0..999, not 1000"),
-        ("-1", ["a"] * 1000, "knows no class '-1'"),
+        ("-1", ["a"] * 1000, "0..999, not -1"),
+        ("1.5", ["a"] * 1000, "knows no class '1.5'"),
         ("²", ["a"] * 1000, "knows no class"),
         ("", ["a, b"] * 30, "knows no class ''"),
         ("cat", None, "without class names: give the class as a number, 0..1000"),

@@ -1,5 +1,6 @@
 """The command line, run as a user runs it: what it writes, what it says, and its exit status."""
 
+import io
 import os
 import shlex
 import shutil
@@ -13,12 +14,13 @@ import matplotlib
 import numpy as np
 import pytest
 import torch
+from axe_playwright_python.sync_playwright import Axe
 from PIL import Image
 from torchvision import transforms
 
 import libragrad_minimal.cli as cli
 import libragrad_minimal.commands as commands
-from libragrad_minimal import LIBRA, PLAIN, attribute, audits, progress
+from libragrad_minimal import LIBRA, PLAIN, attribute, audits, pages, progress
 from libragrad_minimal.demo_vits import VITS
 from libragrad_minimal.explanations import crop_box
 from libragrad_minimal.models import DATA, DEMOS, LoadedModel, Unreachable, load_demo
@@ -87,6 +89,7 @@ def test_image_without_a_class_explains_the_prediction_with_options(scene, tmp_p
     pixels = loaded.transform(Image.open(scene))[None]
     predicted = loaded.model(pixels).argmax(1)
     options = {"head_fusion": "max", "discard_ratio": 0.9}
+    assert {name: np.load(scores)[name].item() for name in options} == options
     expected = attribute(loaded.model, pixels, predicted, "Attention Rollout", PLAIN, **options)
     np.testing.assert_allclose(np.load(scores)["scores"], expected.scores, rtol=1e-4, atol=1e-6)
 
@@ -122,6 +125,22 @@ def test_clip_writes_a_panel_a_prompt(scene, tmp_path):
     np.testing.assert_allclose(saved["scores"], expected.scores, rtol=1e-4, atol=1e-4)
 
 
+def test_a_very_long_prompt_does_not_fill_the_picture(scene, tmp_path, capsys):
+    needs_demo("clip")
+    prompt, out = "cat " * 5000, tmp_path / "out.npz"
+    assert run("clip", scene, *DEMO, "-p", prompt, "-o", tmp_path / "out.png", "--save-scores", out) == 0
+    printed = capsys.readouterr()
+    assert "is longer than" in printed.err and max(map(len, printed.out.splitlines())) < 300
+    assert Image.open(tmp_path / "out.png").height < 1000 and np.load(out)["target"].tolist() == [prompt]
+
+
+def test_what_is_printed_is_a_line_a_prompt(scene, tmp_path, capsys):
+    needs_demo("clip")
+    assert run("clip", scene, *DEMO, "-p", "two\nlines", "-p", "a\u202eb", "-o", tmp_path / "out.png") == 0
+    two, turned, _ = capsys.readouterr().out.splitlines()
+    assert two.startswith("two[U+000A]lines: ") and turned.startswith("a[U+202E]b: ")
+
+
 def test_text_as_html_escapes_the_prompt(tmp_path):
     needs_demo("llama")
     out = tmp_path / "out.html"
@@ -154,6 +173,17 @@ def test_a_target_that_begins_with_half_a_character_is_named_by_its_word(tmp_pat
     arguments = ("--target", "\u7ea2", "--against", "red", "-o", tmp_path / "out.html")
     assert run("text", "Ben has a kite.", *DEMO, *arguments) == 0
     assert "why the first bytes of '\u7ea2' and not ' red' (" in capsys.readouterr().out
+
+
+def test_characters_that_are_cut_over_tokens_stay_readable(tmp_path):
+    needs_demo("llama")
+    text = "Ben has a \u7ea2\u8272 kite \U0001f642"
+    arguments = ["text", text, *DEMO, "--save-scores", tmp_path / "out.npz", "-o", tmp_path / "out.html"]
+    assert run(*arguments) == 0
+    page = (tmp_path / "out.html").read_text(encoding="utf-8")
+    assert all(f">{character}</span>" in page for character in "\u7ea2\u8272\U0001f642") and "\ufffd" not in page
+    saved = np.load(tmp_path / "out.npz")
+    assert "".join(saved["tokens"]).endswith(text) and saved["scores"].shape == (1, len(saved["tokens"]))
 
 
 @pytest.mark.parametrize("family", VITS)
@@ -200,6 +230,12 @@ def test_every_command_is_listed_without_torch():
     assert imported == "" and all(any(line.split()[:1] == [name] for line in told) for name in cli.COMMANDS)
 
 
+def test_what_takes_long_before_a_command_begins_is_said_too():
+    quick = "from libragrad_minimal import cli, progress; progress.PATIENCE = 0.01; cli.main(['audit', '--help'])"
+    done = subprocess.run([sys.executable, "-c", quick], cwd=DATA.parent, capture_output=True, text=True, check=True)
+    assert done.stderr.splitlines() == ["loading PyTorch ..."] and "libragrad audit" in done.stdout
+
+
 def test_without_a_command_there_is_help(capsys):
     assert run() == 0
     assert "libragrad demo" in capsys.readouterr().out
@@ -217,10 +253,17 @@ def test_help_names_the_default_model_and_what_the_demo_knows(capsys):
         (["image", "nowhere.png"], "no file nowhere.png"),
         (["image", "{scene}", "--method", "magic"], "SmoothGrad, Random; or IG or SmoothGrad and the name of one"),
         (["image", "{scene}", "--method", "fulgrad+"], "there are FullGrad+"),
-        (["image", "{scene}", "--rules", "magic"], "'magic' is not one of"),
+        (["image", "{scene}", "--rules", "magic"], "unknown rules 'magic'; there are libra, plain"),
+        (["image", "{scene}", "--rules", "atnlrp"], "unknown rules 'atnlrp'; there are attn-lrp"),
         (["image", "{scene}", "-o", "out.txt"], "choose a name that ends in .png"),
-        (["image", "{scene}", "-o", "/proc/at/all/out.png"], "can't write into /proc/at/all"),
-        (["image", "{scene}", "-o", "{scene}/out.png"], "can't write into"),
+        (["image", "{scene}", "-o", "/proc/at/all/out.png"], "can't write /proc/at/all/out.png: No such"),
+        (["image", "{scene}", "-o", "{scene}/out.png"], "out.png: Not a directory"),
+        (["image", "{scene}", "-o", f"{'a' * 300}/out.png"], "name too long"),
+        (["image", "{scene}", "-o", f"{'a' * 240}.png"], "name too long"),
+        (["image", "{scene}", "-o", ""], "'' is no name to write to"),
+        (["image", "{scene}", "-o", "-"], "'-' is no name to write to"),
+        (["image", "{scene}", "-o", ".PNG"], "'.PNG' is no name to write to"),
+        (["image", "{scene}", "{scene}", *DEMO, "--save-scores", "all.npz"], "name a folder, all"),
         (["image", "{scene}", "--save-scores", "out.npy"], "ends in .npz"),
         (["image", "{scene}", "--alpha", "1.5"], "at most 1, not 1.5"),
         (["image", "{scene}", "--colormap", "RdBu_rr"], "'RdBu_rr'; it has RdBu_r"),
@@ -234,7 +277,15 @@ def test_help_names_the_default_model_and_what_the_demo_knows(capsys):
         (["image", "{scene}", "--discard-ratio", "1"], "0<=x<1"),
         (["image", "{scene}", "{scene}", *DEMO, "-o", "out.png"], "name a folder"),
         (["image", "empty"], "holds no picture"),
-        (["image", "{scene}", "--model", "no_such_vit"], "no_such_vit"),
+        (["image", "{scene}", "--model", "no_such_vit"], "timm has no model 'no_such_vit'"),
+        (["image", "{scene}", "--model", "resnt18"], "similar ones are resnet18"),
+        (["image", ""], "the name of a picture is empty"),
+        (["clip", "{scene}", "-p", "a cat", "--model", "ViT-B-16"], "it needs weights, too; write ViT-B-16/FILE"),
+        (["clip", "{scene}", "-p", "a cat", "--model", "ViT-B-16/no"], "'no' is neither a file nor weights"),
+        (["audit", "resnt18"], "similar ones are resnet18"),
+        (["sweep", "timm", "--processes", "0"], "x>=1"),
+        (["sweep", "timm", "-o", "{scene}"], "ends in .csv"),
+        (["sweep", "timm", "--seconds", "-1"], "x>0"),
         (["text", " ", *DEMO], "empty"),
         (["text", "Ben \udcff", *DEMO], "isn't UTF-8"),
         (["text", "Ben", "--target", "\udcff", *DEMO], "isn't UTF-8"),
@@ -242,6 +293,7 @@ def test_help_names_the_default_model_and_what_the_demo_knows(capsys):
         (["clip", "{scene}"], "Missing option '-p' / '--prompt'"),
         (["clip", "http://example.org/a.png", "-p", "a cat"], "not an https address"),
         (["text", "Ben has a red kite.", *DEMO, "--target", ""], "no token"),
+        (["text", "Ben", *DEMO, "--target", "kite", "--against", " kite"], "begin with the same token"),
         (["audit", "/nowhere"], "/nowhere"),
         (["imge", "{scene}"], "Did you mean 'image'?"),
     ],
@@ -273,6 +325,16 @@ def test_nothing_but_results_when_piped(tmp_path):
     done = subprocess.run(command, capture_output=True, text=True, cwd=DATA.parent, check=True)
     assert all(line.endswith(" ...") for line in done.stderr.splitlines()), "what takes more than two seconds"
     assert done.stdout.startswith("why ")
+
+
+def test_letters_that_a_pipe_cannot_write_end_nothing(scene, tmp_path):
+    """Windows' pipes are of cp1252 or another of few letters."""
+    needs_demo("clip")
+    command = [sys.executable, "-m", "libragrad_minimal", "clip", str(scene), *DEMO, "-p", "\u732b"]
+    environment = os.environ | {"PYTHONIOENCODING": "cp1252"}
+    place = ["-o", str(tmp_path / "out.png")]
+    done = subprocess.run([*command, *place], capture_output=True, text=True, cwd=DATA.parent, env=environment)
+    assert done.returncode == 0 and done.stdout.startswith("\\u732b: output "), done.stderr
 
 
 @pytest.mark.slow
@@ -313,6 +375,21 @@ def test_names_of_files_do_not_rule_the_terminal(scene, tmp_path, capsys):
     assert (tmp_path / "out" / "cat\x1b[2J.png").exists()
     assert "cat[U+001B][2J.png" in said.out and "cat[U+202E]gnp.png is not a picture" in said.err
     assert all(line.isprintable() for line in (said.out + said.err).splitlines())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("scheme, sign", [("light", 1), ("dark", -1)])
+def test_our_pages_are_light_and_dark_and_never_scroll_sideways(scheme, sign, browser, tmp_path):
+    told = f'<pre tabindex="0">{"wide " * 40}</pre><p>{"words " * 40}</p>'
+    (tmp_path / "page.html").write_text(pages.page("A page", told), encoding="utf-8")
+    page = browser.new_page(viewport={"width": 390, "height": 600}, color_scheme=scheme)
+    page.goto((tmp_path / "page.html").as_uri())
+    assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
+    shades = np.asarray(Image.open(io.BytesIO(page.screenshot())).convert("L")).astype(float)
+    serious = [v["id"] for v in Axe().run(page).response["violations"] if v["impact"] in ("serious", "critical")]
+    page.close()
+    background, text = np.median(shades), shades.min() if scheme == "light" else shades.max()
+    assert sign * (background - text) > 150 and serious == []
 
 
 def test_integrated_gradients_run_plain_by_default(tmp_path, capsys):
@@ -366,6 +443,36 @@ def test_any_spelling_of_an_extension_and_a_missing_folder(name, scene, tmp_path
     else:
         assert Image.open(tmp_path / name).width > 600
     assert not list(tmp_path.rglob("*.unfinished"))
+
+
+@pytest.mark.parametrize("name", ["maps", "holiday.2026/", "a/b.c/", ".", "~/maps", "~/holiday.2026/"])
+def test_one_picture_into_a_folder(name, scene, tmp_path, monkeypatch):
+    """That is there, ends in a slash, or has no extension; ~ is the home."""
+    monkeypatch.chdir(tmp_path / ".." / tmp_path.name)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("USERPROFILE", str(tmp_path / "home"))
+    assert run("image", scene, *DEMO, "-o", name, "--format", "pdf", "--save-scores", name) == 0
+    folder = (tmp_path / name.replace("~", "home")).resolve()
+    assert (folder / "scene.pdf").is_file() and (folder / "scene.npz").is_file()
+
+
+def test_html_may_be_htm(tmp_path):
+    needs_demo("llama")
+    assert run("text", "Ben has", *DEMO, "-o", tmp_path / "a.HTM") == 0
+    assert (tmp_path / "a.HTM").read_text(encoding="utf-8").startswith("<!doctype html>")
+
+
+@pytest.mark.parametrize("typed", ["AttnLRP", "ATTN_LRP", "attn-lrp"])
+def test_rules_are_known_however_they_are_written(typed, scene, tmp_path):
+    out = tmp_path / "out.npz"
+    assert run("image", scene, *DEMO, "--rules", typed, "-o", tmp_path / "out.png", "--save-scores", out) == 0
+    assert np.load(out)["rules"] == "attn-lrp"
+
+
+def test_checking_where_to_write_leaves_nothing_behind(scene, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    fails_with(capsys, ["image", scene, "-o", "a/b/c.png", "--model", "no_such_vit"], "no_such_vit")
+    assert [path.name for path in tmp_path.iterdir()] == [scene.name]
 
 
 def test_nothing_is_overwritten_unasked_and_nothing_loaded_before_that_is_known(scene, tmp_path, capsys, monkeypatch):
@@ -438,6 +545,8 @@ def test_a_folder_and_a_file_in_one_call_and_a_damaged_one_stops_no_other(scene,
         (folder / name).write_bytes(scene.read_bytes())
     (folder / "a.jpg").write_bytes(b"no picture")
     (folder / "notes.txt").write_text("no picture")
+    (folder / "._b.png").write_bytes(b"what macOS keeps beside a picture")
+    (folder / "a folder.png").mkdir()
     out = tmp_path / "maps"
     asked = ["image", folder, scene, *DEMO, "-o", out, "--format", "svg", "--save-scores", tmp_path / "numbers"]
     assert run(*asked) == 2, "not all went well"
@@ -445,7 +554,7 @@ def test_a_folder_and_a_file_in_one_call_and_a_damaged_one_stops_no_other(scene,
     assert "a.jpg is not a picture" in printed.err
     assert {file.name for file in out.iterdir()} == {"b.svg", "scene.svg", "scene-2.svg"}
     assert {file.name for file in (tmp_path / "numbers").iterdir()} == {"b.npz", "scene.npz", "scene-2.npz"}
-    assert printed.out.count("wrote ") == 3
+    assert printed.out.count("wrote ") == 3 and printed.out.count(".npz") == 3
     (folder / "a.jpg").unlink()
     assert run(*asked) == 2 and "is there already" in capsys.readouterr().err
     assert run(*asked, "--overwrite") == 0

@@ -104,7 +104,7 @@ def test_the_names_that_the_notebook_offers_exist():
     [
         ("ViT-B16/laion2b_s34b_b88k", "no model 'ViT-B16'; similar ones are ViT-B-16"),
         ("ViT-B-16/laion3b", "'laion3b' is neither a file nor weights.*laion2b_s34b_b88k"),
-        ("ViT-B-16", "neither a file"),
+        ("ViT-B-16", "needs weights, too; write ViT-B-16/FILE"),
     ],
 )
 def test_unknown_names_get_one_clear_error(name, message):

@@ -73,6 +73,57 @@ def test_a_png_that_declares_fewer_bits_goes_from_black_to_white(bits, filled):
     assert np.abs(shades - np.linspace(0, 255, 2**bits)).max() < 2 ** (8 - bits)
 
 
+def png_of(values: np.ndarray, bits: tuple[int, ...]) -> bytes:
+    """Numbers (H, W, channels) of 8 or 16 bits as they are, in a file that declares fewer."""
+    height, width, channels = values.shape
+    rows = b"".join(b"\0" + row.astype(values.dtype.newbyteorder(">")).tobytes() for row in values)
+    kind = {1: 0, 2: 4, 3: 2, 4: 6}[channels]
+    header = struct.pack(">IIBBBBB", width, height, 8 * values.itemsize, kind, 0, 0, 0)
+    return png(header, rows, (b"sBIT", bytes(bits)))
+
+
+@pytest.mark.parametrize("bits", [(5,), (4,), (5, 6, 5), (5, 5, 5), (3, 8), (6, 6, 6, 8), (10,), (12,)])
+def test_a_png_whose_numbers_break_what_it_declares_is_no_darker_for_it(bits):
+    """Numbers of few bits that its writer didn't scale; alpha has all its bits."""
+    dtype = np.uint16 if max(bits) > 8 else np.uint8
+    ramp = np.linspace(0, 1, 64).reshape(8, 8)
+    values = np.stack([(ramp * (2**number - 1)).round() for number in bits], axis=-1).astype(dtype)
+    if len(bits) in (2, 4):
+        values[..., -1] = 255
+    shades = np.asarray(open_picture(png_of(values, bits))).astype(int)
+    assert np.abs(shades - 255 * ramp[..., None]).max() <= max(1, 255 / (2 ** min(bits) - 1))
+
+
+def test_a_dark_png_that_keeps_to_what_it_declares_stays_dark():
+    """Scaled numbers of 5 bits are 0, 8, 16, 24 and so on: these are dark and nothing else."""
+    values = np.array([0, 8, 16, 24] * 16, np.uint8).reshape(8, 8, 1)
+    assert np.array_equal(np.asarray(open_picture(png_of(values, (5,))))[..., :1], values)
+
+
+@pytest.mark.parametrize("kind", ["PNG", "BMP", "TIFF", "WEBP", "GIF"])
+@pytest.mark.parametrize("mode", ["L", "RGB", "P"])
+def test_a_mask_of_small_numbers_is_refused_with_the_range_found(kind, mode, tmp_path):
+    small = Image.fromarray(np.arange(64, dtype=np.uint8).reshape(8, 8) % 16).convert(mode)
+    if mode == "P":
+        small.putpalette([shade for number in range(256) for shade in [number // 16] * 3])
+        small.putdata(range(0, 256, 4))
+    small.save(tmp_path / "mask", kind, **({"lossless": True} if kind == "WEBP" else {}))
+    with pytest.raises(ValueError, match="holds no number above 15 of 255 and would be black"):
+        open_picture(tmp_path / "mask")
+    black = Image.new("RGB", (8, 8))
+    assert np.asarray(open_picture(black)).max() == 0, "what is black and nothing else may be"
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_a_tiff_of_8_bits_that_declares_fewer_is_scaled_by_that(channels):
+    ramp = np.arange(64, dtype=np.uint8).reshape(8, 8) // 2
+    picture = Image.fromarray(np.stack([ramp] * 3, axis=-1) if channels == 3 else ramp)
+    content = io.BytesIO()
+    picture.save(content, "TIFF", tiffinfo={281: 31})
+    shades = np.asarray(open_picture(content.getvalue()))[..., 0]
+    assert np.abs(shades - ramp * 255.0 / 31).max() <= 1
+
+
 def test_transparent_parts_are_white():
     half = Image.new("RGBA", (8, 8), (*RED, 0))
     half.paste((*RED, 255), (0, 0, 4, 8))
@@ -325,7 +376,7 @@ def test_twelve_bits_are_scaled_by_their_number():
         (tiff((SHADES / 255 / 60).astype(np.float32)), "from 0 to 0.01.* would be black"),
         (tiff((SHADES // 50).astype(np.uint16)), "from 0 to 5, of 0 to 255, and would be black"),
         (tagged((SHADES - 125).astype(np.int8).view(np.uint8), SampleFormat=2), "from -125 to 125"),
-        (tiff(np.full((8, 8), np.nan, np.float32)), "64 of 64 are NaN"),
+        (tiff(np.full((8, 8), np.nan, np.float32)), "nothing but NaN and infinity"),
     ],
 )
 def test_what_would_be_black_is_refused_with_the_range_found(content, message):

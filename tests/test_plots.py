@@ -78,6 +78,14 @@ def test_whitespace_is_visible_and_lines_break():
     assert page.tags.count("br") == 1
 
 
+def test_what_has_no_shape_at_all_can_be_seen():
+    """The rest of a character that was cut in two, and a joiner of emoji."""
+    strips = TokenStrips(Strip(["\u6f22", "", "\u200d"], [1, 2, 3]))
+    page = Reader(strips._repr_html_())
+    assert page.text == "\u6f22⋯[U+200D]"
+    assert [span["title"] for span in page.spans] == ["+1", "+2, for a part of the character before", "+3"]
+
+
 def test_sign_strength_and_hover():
     up, down, weak, none = Reader(html(Strip(list("abcd"), [2.0, -1.0, 0.05, 0.0]))).spans
     assert "{},{},{}".format(*POSITIVE) in up["style"] and "{},{},{}".format(*NEGATIVE) in down["style"]

@@ -104,7 +104,7 @@ def test_a_prompt_that_fits_is_left_alone(tiny, prompt):
 
 
 def test_one_word_too_long_for_the_model(tiny):
-    with pytest.warns(UserWarning, match="cut after ''"):
+    with pytest.warns(UserWarning, match="cut within its first word"):
         tokenize_prompts(tiny.tokenizer, "Donaudampfschifffahrtsgesellschaftskapitänsmütze" * 2)
 
 

@@ -199,3 +199,23 @@ def test_readme_example_runs_and_its_scores_sum_to_the_logit():
     assert names["scores"].shape == (1, 5)
     # A Llama has no biases. Its norms compute in float32, whatever the model's own precision.
     torch.testing.assert_close(names["scores"].sum(), names["logit"], rtol=1e-6, atol=0)
+
+
+GITHUB = """body {margin: 16px; font: 16px/1.5 sans-serif; overflow-wrap: break-word}
+img {max-width: 100%} pre {overflow: auto}
+table {display: block; width: max-content; max-width: 100%; overflow: auto; border-collapse: collapse}
+th, td {padding: 6px 13px; border: 1px solid}"""  # what matters here of github-markdown-css 5.9
+
+
+@pytest.mark.slow
+def test_pictures_are_large_enough_on_githubs_page_on_a_phone(browser, tmp_path):
+    nbconvert = pytest.importorskip("nbconvert.filters")
+    body = nbconvert.markdown2html(README)
+    head = f'<meta charset="utf-8"><base href="{ROOT.as_uri()}/"><style>{GITHUB}</style>'
+    (tmp_path / "readme.html").write_text(f"<!doctype html>{head}{body}", encoding="utf-8")
+    page = browser.new_page(viewport={"width": 390, "height": 900})
+    page.goto((tmp_path / "readme.html").as_uri(), wait_until="load")
+    assert page.evaluate("document.documentElement.scrollWidth <= innerWidth"), "the page scrolls sideways"
+    shown = page.evaluate("[...document.images].filter(i => i.src.startsWith('file')).map(i => [i.src, i.clientWidth])")
+    page.close()
+    assert len(shown) == README.count("](data/") and min(width for _, width in shown) >= 100, shown

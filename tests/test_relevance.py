@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import transformers
@@ -88,7 +89,11 @@ def test_models_that_are_no_cross_encoders(tmp_path):
 def test_the_command(folder, tmp_path, capsys):
     out = tmp_path / "out.html"
     asked = ["relevance", "who sings ?", "<b>linda</b>", "--model", str(folder), "-o", str(out)]
-    assert cli.main(asked) == 0
+    assert cli.main([*asked, "--save-scores", str(tmp_path / "out.npz")]) == 0
+    saved = np.load(tmp_path / "out.npz")
+    tokens = transformers.AutoTokenizer.from_pretrained(folder).tokenize(asked[1], asked[2], add_special_tokens=True)
+    assert saved["tokens"].tolist() == tokens and saved["scores"].shape == (1, len(tokens))
+    assert saved["word_scores"].sum() == pytest.approx(saved["scores"].sum(), rel=1e-5)
     printed, page = capsys.readouterr().out, out.read_text(encoding="utf-8")
     assert "completeness error" in printed and "linda" in page and "<b>" not in page
     assert cli.main([*asked[:2], " ", *asked[3:], "--overwrite"]) == 2

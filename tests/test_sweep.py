@@ -275,6 +275,15 @@ def test_goes_on_where_it_was(tmp_path):
     assert rows[0] == first
 
 
+@pytest.mark.parametrize("content", [b"my,notes\n1,2\n", b"\xff\xd8\xff\xe0 a photograph", b"half a line of mine"])
+def test_what_is_no_table_of_a_sweep_is_left_as_it_is(content, tmp_path):
+    path = tmp_path / "mine.csv"
+    path.write_bytes(content)
+    with pytest.raises(FileExistsError, match="is no table of a sweep: choose another name"):
+        sweep("timm", ["test_vit"], path)
+    assert path.read_bytes() == content
+
+
 def test_what_was_found_with_other_versions_is_found_anew(tmp_path):
     path = tmp_path / "table.csv"
     Table(path, "timm").add({"model": "test_vit"})
@@ -321,7 +330,10 @@ def test_command(tmp_path, capsys):
 
 @pytest.mark.parametrize(
     ("arguments", "said"),
-    [(["--pattern", "nothing*"], "no model that matches"), (["-o", "/proc/no/table.csv"], "can't write into /proc/no")],
+    [
+        (["--pattern", "nothing*"], "no model that matches"),
+        (["-o", "/proc/no/table.csv"], "can't write /proc/no/table.csv"),
+    ],
 )
 def test_bad_arguments(arguments, said, capsys):
     assert main(["sweep", "timm", *arguments]) == 2
