@@ -18,6 +18,7 @@ from libragrad_minimal.attribution import attribute
 from libragrad_minimal.batches import Batch, Settings, Subject, opened, subject
 from libragrad_minimal.benchmark import load
 from libragrad_minimal.examples import open_data
+from libragrad_minimal.files import whole_file
 from libragrad_minimal.metrics import pointing_game, segmentation_ap
 from libragrad_minimal.targets import Against
 
@@ -94,5 +95,7 @@ def outliers_of(source: str, size: int = 4) -> pd.DataFrame:
 
 
 if __name__ == "__main__":
-    outliers_of(sys.argv[1]).round(4).to_csv(FILE, index=False)
+    table = outliers_of(sys.argv[1]).round(4)
+    with whole_file(FILE) as beside:
+        table.to_csv(beside, index=False)
     print(f"wrote {FILE}")
