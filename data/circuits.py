@@ -43,8 +43,10 @@ def load(name: str):
 
 
 def prompts_of(pair: dict, tokenizer) -> tuple:
-    """Both prompts, and what is asked of the logits."""
-    clean, corrupt = (tokenizer(pair[name], return_tensors="pt") for name in ("clean", "corrupt"))
+    """Both prompts, and what is asked of the logits. No token is put before them, as older transformers would."""
+    clean, corrupt = (
+        tokenizer(pair[name], return_tensors="pt", add_special_tokens=False) for name in ("clean", "corrupt")
+    )
     answer, wrong = (tokenizer(pair[name], add_special_tokens=False).input_ids for name in ("answer", "wrong"))
     if len(answer) != 1 or len(wrong) != 1 or clean["input_ids"].shape != corrupt["input_ids"].shape:
         raise ValueError(f"prompts of unequal length, or an answer of several tokens: {pair}")

@@ -97,6 +97,8 @@ def optimizers_of(model: nn.Module, recipe: Recipe) -> list[torch.optim.Optimize
     """AdamW; and where the recipe says so, Muon for the weight matrices inside the blocks."""
     if not recipe.muon:
         return [torch.optim.AdamW(model.parameters(), betas=(0.9, 0.98), weight_decay=0.05, fused=True)]
+    if not hasattr(torch.optim, "Muon"):
+        raise SystemExit("this recipe needs Muon: install PyTorch 2.9 or newer")
     parameters = dict(model.named_parameters())
     matrices = {n for n, p in parameters.items() if n.startswith("blocks.") and n.endswith(".weight") and p.ndim == 2}
     return [

@@ -175,6 +175,8 @@ SCRIPTS = {
 @pytest.mark.slow
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_a_killed_run_ends_as_an_undisturbed_one(name, tmp_path, llama):
+    if name == "train_vits.py" and not hasattr(torch.optim, "Muon"):
+        pytest.skip("this PyTorch has no Muon, which came with 2.9")
     options, *others = SCRIPTS[name]
     options = [option.replace("LLAMA", llama) for option in options]
     undisturbed, killed = (Script(tmp_path / folder, name, options, *others) for folder in ("undisturbed", "killed"))
