@@ -4,6 +4,7 @@ python data/by_block.py objects:../shared/pictures/coco   # -> data/benchmark_co
 """
 
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pandas as pd
@@ -26,11 +27,8 @@ def by_block(source: str, size: int = 4) -> pd.DataFrame:
     """One row a block: AP, pointing game and sum of |scores| in logits of Libra's input x gradient there, each with its
     standard error; and its share in the highest score of FullGrad+, where that lies on the object and where it doesn't.
     """
-    of = subject(load(VIT_TINY, torch.device("cpu")))
-    settings = Settings(VIT_TINY, source, metrics=("segmentation",), target="true")
-    examples = open_data(source, of.loaded)
-    batches = [opened(of, examples[start : start + size], settings)[0] for start in range(0, len(examples), size)]
-    parts = [measured(of, batch) for batch in batches if batch is not None]
+    of, batches = masked_batches(source, size)
+    parts = [measured(of, batch) for batch in batches]
     values, shares, hits = (torch.cat(part, dim=-1) for part in zip(*parts, strict=True))
     rows = []
     for number, (block, share) in enumerate(zip(values, shares, strict=True)):
@@ -40,6 +38,15 @@ def by_block(source: str, size: int = 4) -> pd.DataFrame:
         row |= {"share where it hits": share[hits].mean().item(), "share where it misses": share[~hits].mean().item()}
         rows.append(row | {"pictures": len(hits), "hits": int(hits.sum())})
     return pd.DataFrame(rows)
+
+
+def masked_batches(source: str, size: int = 4) -> tuple[Subject, Iterator[Batch]]:
+    """The ViT-Tiny, and pictures with masks, `size` at a time."""
+    of = subject(load(VIT_TINY, torch.device("cpu")))
+    settings = Settings(VIT_TINY, source, metrics=("segmentation",), target="true")
+    examples = open_data(source, of.loaded)
+    batches = (opened(of, examples[start : start + size], settings)[0] for start in range(0, len(examples), size))
+    return of, (batch for batch in batches if batch is not None)
 
 
 def measured(of: Subject, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:

@@ -12,6 +12,7 @@ from pathlib import Path
 import pandas as pd
 import progress
 import torch
+from tqdm import tqdm
 
 from libragrad_minimal.attribution import attribute
 from libragrad_minimal.batches import Batch, Settings, Subject, deletions, opened, subject
@@ -50,7 +51,7 @@ def from_depth(source: str, count: int = 300) -> None:
     examples = spread(open_data(source, of.loaded), count)
     table = pd.read_csv(FILE) if FILE.exists() else pd.DataFrame(columns=COLUMNS)
     examples = [example for example in examples if example.name not in set(table["example"])]
-    for start in range(0, len(examples), settings.batch):
+    for start in tqdm(range(0, len(examples), settings.batch), disable=None):
         batch, _ = opened(of, examples[start : start + settings.batch], settings)
         if batch is None:
             continue
@@ -58,10 +59,9 @@ def from_depth(source: str, count: int = 300) -> None:
         table = rows if table.empty else pd.concat([table, rows], ignore_index=True)
         with whole_file(FILE) as beside:
             table.to_csv(beside, index=False)
-        print(f"\r{table['example'].nunique()} of {count} pictures", end="", file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":
     with progress.alone(FILE):
         from_depth(sys.argv[1])
-    print(f"\nwrote {FILE}")
+    print(f"wrote {FILE}")

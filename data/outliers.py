@@ -3,7 +3,7 @@
 python data/outliers.py objects:../shared/pictures/coco   # -> data/benchmark_coco_outliers.csv, for notebook 05
 
 A row for each picture and method, all under Libra. A token is an outlier if, in the block in which the largest norm is
-furthest from the median, its norm is more than five times the median.
+furthest from the median, its norm is more than five times the median. "Largest norm" is in times of the median.
 """
 
 import sys
@@ -11,18 +11,16 @@ from pathlib import Path
 
 import pandas as pd
 import torch
+from by_block import masked_batches
 from torch import Tensor
 
 from libragrad_minimal import libra_grad
 from libragrad_minimal.attribution import attribute
-from libragrad_minimal.batches import Batch, Settings, Subject, opened, subject
-from libragrad_minimal.benchmark import load
-from libragrad_minimal.examples import open_data
+from libragrad_minimal.batches import Batch, Subject
 from libragrad_minimal.files import whole_file
 from libragrad_minimal.metrics import pointing_game, segmentation_ap
 from libragrad_minimal.targets import Against
 
-VIT_TINY = "vit_tiny_patch16_224.augreg_in21k_ft_in1k"
 FILE = Path(__file__).parent / "benchmark_coco_outliers.csv"
 
 
@@ -39,12 +37,17 @@ def streams_of(of: Subject, batch: Batch) -> tuple[list[Tensor], Tensor]:
 
 
 def outlying(entered: list[Tensor]) -> tuple[Tensor, Tensor]:
-    """Which patches have an outlying norm (B, T), and how many times the median the largest norm is (B,)."""
+    """Which patches have an outlying norm (B, T), and how many times the median the largest is in each block (L, B)."""
     norms = torch.stack([tokens[:, 1:].detach().norm(dim=-1) for tokens in entered])  # (blocks, B, T)
     times = norms / norms.median(-1, keepdim=True).values
     furthest = times.amax(-1).argmax(0)  # (B,) which block
     at = times[furthest, torch.arange(len(furthest))]
-    return at > 5, at.amax(-1)
+    return at > 5, times.amax(-1)
+
+
+def corners(rows: int, columns: int) -> list[int]:
+    """Which patches these are."""
+    return [0, columns - 1, (rows - 1) * columns, rows * columns - 1]
 
 
 def class_token_share(entered: list[Tensor], logit: Tensor) -> Tensor:
@@ -76,7 +79,9 @@ def measured(of: Subject, batch: Batch) -> list[dict]:
             "AP without outliers": segmentation_ap(without, batch.masks),
             "peak is an outlier": outliers.gather(1, highest)[:, 0].float(),
             "outliers": outliers.sum(1),
-            "largest norm": times,
+            "outliers in corners": outliers[:, corners(*result.grid)].sum(1),
+            "largest norm": times.amax(0),
+            "largest norm, last block": times[-1],
             "class token's share": share,
         }
         rows += [
@@ -87,11 +92,8 @@ def measured(of: Subject, batch: Batch) -> list[dict]:
 
 
 def outliers_of(source: str, size: int = 4) -> pd.DataFrame:
-    of = subject(load(VIT_TINY, torch.device("cpu")))
-    settings = Settings(VIT_TINY, source, metrics=("segmentation",), target="true")
-    examples = open_data(source, of.loaded)
-    batches = [opened(of, examples[start : start + size], settings)[0] for start in range(0, len(examples), size)]
-    return pd.DataFrame([row for batch in batches if batch is not None for row in measured(of, batch)])
+    of, batches = masked_batches(source, size)
+    return pd.DataFrame([row for batch in batches for row in measured(of, batch)])
 
 
 if __name__ == "__main__":

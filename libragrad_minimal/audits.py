@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from difflib import get_close_matches
 from typing import Any
 
 import torch
@@ -10,7 +9,7 @@ from PIL import Image
 
 from .engine import Audit, audit
 from .models import DEMOS, LoadedModel, load_demo
-from .sentences import one_line
+from .sentences import one_line, similar_ones
 from .untrusted import transformers_config
 
 
@@ -37,9 +36,9 @@ def audit_model(name: str) -> Audit:
     try:
         config = transformers_config(name)
     except OSError as error:
-        similar = ", ".join(get_close_matches(name, [*DEMOS, *timm.list_models(), *open_clip.list_models()]))
+        similar = similar_ones(name, [*DEMOS, *timm.list_models(), *open_clip.list_models()])
         raise OSError(
-            f"{name} is no demo, and neither timm nor open_clip has it (similar ones are {similar or 'none'}); "
+            f"{name} is no demo, and neither timm nor open_clip has it ({similar}); "
             f"nor has transformers: {one_line(error)}"
         ) from error
     return audit_text(AutoModelForCausalLM.from_config(config, trust_remote_code=False).eval())

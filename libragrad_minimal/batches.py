@@ -236,7 +236,7 @@ def measured(of: Subject, examples: Sequence[Example], settings: Settings) -> pd
     return pd.DataFrame([EMPTY | row for row in rows]).astype({"value": "float32", "explained class": int})
 
 
-def skipped(reasons: dict[str, str]) -> list[dict[str, Any]]:
+def rows_of_skipped(reasons: dict[str, str]) -> list[dict[str, Any]]:
     return [
         {"example": name, "metric": "skipped", "note": shown(f"{name}: {reason}")} for name, reason in reasons.items()
     ]
@@ -244,7 +244,7 @@ def skipped(reasons: dict[str, str]) -> list[dict[str, Any]]:
 
 def rows_of(of: Subject, examples: Sequence[Example], settings: Settings) -> list[dict[str, Any]]:
     batch, reasons = opened(of, examples, settings)
-    rows = skipped(reasons)
+    rows = rows_of_skipped(reasons)
     if batch is None:
         return rows
     classes = batch.explained(settings.target)
@@ -252,7 +252,7 @@ def rows_of(of: Subject, examples: Sequence[Example], settings: Settings) -> lis
     odd = not_finite(batch, results)
     if odd:
         rest = [example for example in examples if example.name not in odd | reasons]
-        return rows + skipped(odd) + (rows_of(of, rest, settings) if rest else [])
+        return rows + rows_of_skipped(odd) + (rows_of(of, rest, settings) if rest else [])
     return rows + [
         {"example": name, "method": method, "rules": rules, "protocol": protocol, "metric": metric}
         | {"value": value, "explained class": chosen}

@@ -62,6 +62,7 @@ DEMO_KNOWS = {
 LONGEST = 200  # characters of a title
 METHOD_HELP = ", ".join(name for name in METHODS if not name.startswith(("IG ", "SmoothGrad ")))
 METHOD_HELP += "; or IG or SmoothGrad and the name of one that reads gradients"
+RULES_HELP = ", ".join(NAMED_RULES)
 
 # ---- what is typed ---------------------------------------------------------------------------------------------------
 
@@ -100,7 +101,7 @@ class Several(click.ParamType):
 
 
 METHOD = Named("method", METHODS, METHOD_HELP)
-RULES = Named("rules", NAMED_RULES, RULES_HELP := ", ".join(NAMED_RULES))
+RULES = Named("rules", NAMED_RULES, RULES_HELP)
 MORE_THAN_NONE = click.FloatRange(0, min_open=True)
 
 

@@ -4,7 +4,6 @@
 Both return a `LoadedModel`, so a notebook written for one runs on the other.
 """
 
-import difflib
 import json
 import warnings
 from collections.abc import Callable
@@ -22,7 +21,7 @@ from torch import Tensor, nn
 from .checkpoints import LONGEST, Checkpoint, damaged, read_checkpoint
 from .demo_vits import SIDE, VITS, build
 from .room import announce, cause, device_and_dtype, or_a_smaller_one
-from .sentences import one_line
+from .sentences import one_line, similar_ones
 from .token_bytes import bytes_of, whole_characters
 from .untrusted import check_open_clip_config, config_of_weights, in_one_sentence, place_of
 
@@ -143,8 +142,7 @@ def _pretrained_vit(name: str) -> LoadedModel:
     from timm.data import ImageNetInfo, create_transform, resolve_model_data_config
 
     if ":" not in name and not timm.is_model(name.split(".")[0]):
-        similar = difflib.get_close_matches(name.split(".")[0], timm.list_models())
-        raise ValueError(f"timm has no model {name!r}; similar ones are {', '.join(similar) or 'none'}")
+        raise ValueError(f"timm has no model {name!r}; {similar_ones(name.split('.')[0], timm.list_models())}")
     about = timm.get_pretrained_cfg(name)
     if about is not None and about.hf_hub_id:
         announce("vit", name, about.hf_hub_id, "model.safetensors", "pytorch_model.bin")
@@ -417,8 +415,7 @@ def _pretrained_clip(name: str) -> LoadedModel:
     architecture, _, tag = (name, "", "") if itself else name.partition("/")
     known = open_clip.list_models()
     if not itself and architecture not in known:
-        similar = difflib.get_close_matches(architecture, known, cutoff=0.4)
-        raise ValueError(f"open_clip has no model {architecture!r}; similar ones are {', '.join(similar) or 'none'}")
+        raise ValueError(f"open_clip has no model {architecture!r}; {similar_ones(architecture, known, cutoff=0.4)}")
     tags = open_clip.list_pretrained_tags_by_model(architecture)
     if not itself and tag not in tags and not Path(tag).is_file():
         fault = f"{tag!r} is neither a file nor weights that open_clip has for it" if tag else "it needs weights, too"

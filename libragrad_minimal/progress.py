@@ -25,7 +25,7 @@ def telling(what: str, has_bar: bool = False) -> Iterator[None]:
     """
     what, done, begun = shown(what), Event(), time.monotonic()
 
-    def tell() -> None:
+    def speak() -> None:
         if (has_bar and sys.stderr.isatty()) or done.wait(PATIENCE):
             return
         if not sys.stderr.isatty():
@@ -35,7 +35,7 @@ def telling(what: str, has_bar: bool = False) -> Iterator[None]:
             print(f"\r{what} ... {time.monotonic() - begun:.0f} s", end="", file=sys.stderr, flush=True)
         print("\r\033[K", end="", file=sys.stderr, flush=True)  # what comes next begins on a clean line
 
-    teller = Thread(target=tell, daemon=True)
+    teller = Thread(target=speak, daemon=True)
     teller.start()
     try:
         yield

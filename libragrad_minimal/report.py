@@ -30,7 +30,7 @@ def columns(table: pd.DataFrame) -> pd.DataFrame:
     return found.pivot(index="run", columns="column", values="cell").reindex(index=order[0], columns=order[1])
 
 
-def shown(cells: pd.DataFrame) -> list[str]:
+def drawn_of(cells: pd.DataFrame) -> list[str]:
     """The columns that are drawn."""
     return [column for column in cells if column.split(", ")[0] in SHOWN] or list(cells)[:2]
 
@@ -38,7 +38,7 @@ def shown(cells: pd.DataFrame) -> list[str]:
 def figure(table: pd.DataFrame) -> Figure:
     """A panel a metric, two beside each other: each run's mean with one standard error, the best on top."""
     cells = columns(table)
-    drawn = shown(cells)
+    drawn = drawn_of(cells)
     rows = -(-len(drawn) // 2)
     result, grid = plt.subplots(rows, 2, figsize=(8, height(cells) * rows), squeeze=False, layout="constrained")
     for axes in grid.flat[len(drawn) :]:
@@ -80,7 +80,7 @@ def measured(table: pd.DataFrame) -> int:
 def page(table: pd.DataFrame, settings: Sequence[tuple[str, str]]) -> str:
     """An HTML page with a figure a metric, every mean with its standard error, what was skipped and the settings."""
     cells, left_out = columns(table), skipped(table)
-    panels = [pages.embedded(panel(cells, column), alternative(cells[column], column), 200) for column in shown(cells)]
+    panels = [pages.embedded(panel(cells, name), alternative(cells[name], name), dpi=200) for name in drawn_of(cells)]
     body = [
         f"<p>{measured(table)} examples. Mean ± standard error; the best of a column in bold, where there is one. "
         "Green: by Libra's gradients; grey: by plain ones; pink: by other rules; black: by none.</p>",

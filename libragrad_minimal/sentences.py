@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from difflib import get_close_matches
 from html import escape
 from unicodedata import category
 
@@ -28,6 +30,11 @@ def check_text(text: str, what: str) -> None:
 def in_html(text: object) -> str:
     """A text as it stands in HTML, between tags or as an attribute."""
     return escape(shown(text))
+
+
+def similar_ones(name: str, known: Sequence[str], cutoff: float = 0.6) -> str:
+    """What a name that isn't known could have been, as a part of a sentence."""
+    return f"similar ones are {', '.join(get_close_matches(name, known, cutoff=cutoff)) or 'none'}"
 
 
 def one_line(text: object, longest: int = 300) -> str:

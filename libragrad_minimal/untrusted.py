@@ -23,6 +23,7 @@ from .sentences import one_line
 # What transformers computes by itself; by all other names it loads libraries, some of them from the hub.
 OWN = ("eager", "sdpa", "flex_attention", "batched_mm", "grouped_mm")
 
+OPTIONAL = {f"_raise_exceptions_for_{what}": False for what in ("missing_entries", "gated_repo", "connection_errors")}
 DEEPEST = 1000  # layers; today's deepest models have a hundred
 
 
@@ -142,13 +143,11 @@ def stored_shapes(name: str) -> dict[str, tuple[int, ...]]:
     place, gguf = place_of(name)
     if gguf:
         return tensor_shapes(Path(cached_file(place, gguf["gguf_file"])))
-    missing = ("missing_entries", "gated_repo", "connection_errors")
-    optional = {f"_raise_exceptions_for_{what}": False for what in missing}
     with in_one_sentence(f"{name} has weights that can't be read as safetensors"):
-        files = [cached_file(name, SAFE_WEIGHTS_NAME, **optional)]
-        if files == [None] and (index := cached_file(name, SAFE_WEIGHTS_INDEX_NAME, **optional)):
+        files = [cached_file(name, SAFE_WEIGHTS_NAME, **OPTIONAL)]
+        if files == [None] and (index := cached_file(name, SAFE_WEIGHTS_INDEX_NAME, **OPTIONAL)):
             shards = json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"].values()
-            files = [cached_file(name, shard, **optional) for shard in sorted(set(shards))]
+            files = [cached_file(name, shard, **OPTIONAL) for shard in sorted(set(shards))]
         return dict(pair for file in files if file for pair in shapes_in(file))
 
 
@@ -192,10 +191,8 @@ def open_clip_file(name: str) -> Path | None:
     from transformers.utils import cached_file
 
     scheme, _, place = name.partition(":")
-    missing = ("missing_entries", "gated_repo", "connection_errors")
-    optional = {f"_raise_exceptions_for_{what}": False for what in missing}
     names = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")
-    found = [Path(file) for file in (cached_file(place, known, **optional) for known in names) if file]
+    found = [Path(file) for file in (cached_file(place, known, **OPTIONAL) for known in names) if file]
     if not found and scheme == "local-dir":
         found = [file for file in Path(place).glob("*") if file.suffix in (".safetensors", ".bin", ".pth")]
         found.sort(key=lambda file: file.stat().st_size, reverse=True)

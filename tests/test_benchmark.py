@@ -7,21 +7,27 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
+import families
+import from_depth
 import numpy as np
+import outliers
 import pandas as pd
 import pytest
 import torch
+from by_block import masked_batches
 from PIL import Image
 from scipy.stats import ttest_rel
 from test_cli import fails_with
 
 import libragrad_minimal.cli as cli
 from libragrad_minimal import LIBRA, PLAIN, attribute, benchmark, libra_grad, report
-from libragrad_minimal.batches import pixels
+from libragrad_minimal.batches import opened, pixels
 from libragrad_minimal.benchmark import Settings, compare, read_table, run, summary
 from libragrad_minimal.demo_vits import VITS
+from libragrad_minimal.dropping import dropping
 from libragrad_minimal.files import only_one
 from libragrad_minimal.models import DATA, load_demo
 from libragrad_minimal.scenes import draw_scene
@@ -422,6 +428,53 @@ def test_stored_table_of_coco_is_what_its_command_measures(shared, tmp_path):
     both = live.merge(stored.astype({key: str for key in keys}), on=keys, suffixes=("", " stored"))
     assert len(both) == len(live) == 4 * 2 * 2 * 5
     assert np.isclose(both["value"], both["value stored"], atol=2e-3).all()
+
+
+def test_stored_outliers_are_what_is_measured(shared):
+    """On the first pictures; and a token that is made longer than the others is found."""
+    of, batches = masked_batches(f"objects:{shared / 'pictures' / 'coco'}")
+    live = pd.DataFrame(outliers.measured(of, next(batches)))
+    stored = pd.read_csv(outliers.FILE).head(len(live))
+    assert live[["example", "method"]].equals(stored[["example", "method"]])
+    assert np.allclose(live.drop(columns=["example", "method"]), stored.drop(columns=["example", "method"]), atol=2e-3)
+
+    entered = list(torch.ones(3, 1, 1 + 6, 2))
+    entered[1][0, 4] *= 20
+    where, times = outliers.outlying(entered)
+    assert where.nonzero().tolist() == [[0, 3]]
+    assert times[:, 0].tolist() == [1, 20, 1]
+
+
+def test_stored_deletion_from_a_depth_on_is_what_is_measured(shared):
+    """On the first two pictures. From half of the depth on it is SkipPLUS."""
+    settings = Settings(from_depth.VIT_TINY, f"imagenet:{shared / 'pictures' / 'imagenet'}", ("SkipPLUS",), count=300)
+    of = benchmark.subject(benchmark.load(settings.model, torch.device("cpu")))
+    examples = benchmark.spread(benchmark.open_data(settings.data, of.loaded), settings.count)[:2]
+    batch, _ = opened(of, examples, settings)
+    keys, value = ["example", "rules", "first block", "protocol"], "SRG (logit)"
+    live = pd.DataFrame(from_depth.measured(of, batch, settings)).merge(pd.read_csv(from_depth.FILE), on=keys)
+    assert len(live) == 2 * 2 * 2 * 2
+    assert np.allclose(live[f"{value}_x"], live[f"{value}_y"], atol=2e-2)
+    skip_plus = benchmark.measured(of, examples, replace(settings, rules=("libra",), metrics=("deletion",)))
+    skip_plus = skip_plus[skip_plus["metric"] == value].set_index(["example", "protocol"])["value"]
+    from_half = live[(live["rules"] == "libra") & (live["first block"] == 6)].set_index(["example", "protocol"])
+    assert np.allclose(from_half[f"{value}_x"], skip_plus.loc[from_half.index], atol=1e-4)
+
+
+@pytest.mark.parametrize("family", VITS)
+def test_tokens_of_families_are_dropped_wherever_that_can_be(family):
+    """The table has both protocols of a family exactly if the package itself drops its tokens."""
+    stored = pd.read_parquet(DATA / "benchmark_families.parquet")
+    protocols = set(stored.loc[stored["model"] == family, "protocol"]) - {""}
+    model = load_demo(family).model
+    keep = torch.arange(64)[None] < 32
+    if family in families.PLACES_IN_BLOCKS:
+        with pytest.raises(ValueError, match="tell where tokens are"):
+            dropping(model, model)((torch.randn(1, 3, 64, 64), keep))
+        assert protocols == {"occlude patches"}
+    else:
+        assert dropping(model, model)((torch.randn(1, 3, 64, 64), keep)).shape == (1, 12)
+        assert protocols == {"occlude patches", "drop tokens"}
 
 
 @pytest.mark.parametrize("family", VITS)
