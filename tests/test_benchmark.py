@@ -382,7 +382,7 @@ def test_report_says_every_mean_and_escapes_names(measured):
     (mean,) = summary(table).query("method == 'GenAtt' and rules == 'libra' and metric == 'AP'")["mean"]
     assert f"{mean:.3g} ±" in page
     drawn = [axes for axes in report.figure(table).axes if axes.get_title()]
-    assert [axes.get_title() for axes in drawn] == report.shown(report.columns(table))
+    assert [axes.get_title() for axes in drawn] == report.drawn_of(report.columns(table))
     (ap,) = (axes for axes in drawn if axes.get_title() == "AP")
     best = summary(table).query("metric == 'AP'").sort_values("mean")["method"].iloc[-1]
     assert ap.get_yticklabels()[-1].get_text().startswith(best), "the best on top"
