@@ -8,8 +8,7 @@ An interrupted run goes on where it was. For each family it is what four command
     python -m libragrad_minimal benchmark --model NAME --data scenes:50 --target true ...
 
 one with the methods under plain gradients and Libra, one with IxG and FullGrad+ under every other set of rules, one
-averaged over occlusions, and one that explains how far the class is ahead of the others (--explain ahead). Patches of
-EVA02, BEiTv2 and MLP-Mixers are only painted, not dropped: these tell the places of tokens inside their blocks.
+averaged over occlusions, and one that explains how far the class is ahead of the others (--explain ahead).
 """
 
 import argparse
@@ -18,7 +17,7 @@ from pathlib import Path
 import pandas as pd
 import progress
 
-from libragrad_minimal.batches import PROTOCOLS, Settings
+from libragrad_minimal.batches import Settings
 from libragrad_minimal.benchmark import run
 from libragrad_minimal.demo_vits import VITS
 from libragrad_minimal.files import whole_file
@@ -36,13 +35,11 @@ RULES = ("attn-lrp", "ali-lrp", "decompx", "residual", "no norm", "no activation
 METRICS = ["completeness error", "MIF accuracy", "LIF accuracy", "SRG", "SRG (logit)", "AP", "pointing game"]
 COLUMNS = ["model", "example", "method", "rules", "protocol", "explained", "metric", "value"]
 COLUMNS += ["data", "target", "seed", "timm", "torch", "libragrad_minimal"]
-PLACES_IN_BLOCKS = ("eva02", "beitv2", "mixer")
 RUNS = ("methods", "rules", "occlusions", "ahead")
 
 
 def settings_of(family: str, what: str, count: int) -> Settings:
-    protocols = ("paint",) if family in PLACES_IN_BLOCKS else PROTOCOLS
-    common = {"model": family, "data": f"scenes:{count}", "target": "true", "protocols": protocols}
+    common = {"model": family, "data": f"scenes:{count}", "target": "true"}
     maps = {MAPS, MAP_GRADIENTS, BETWEEN}
     methods = tuple(name for name in METHODS if family != "mixer" or not reads_of(name) & maps)
     if what == "methods":

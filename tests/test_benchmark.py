@@ -10,7 +10,6 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
-import families
 import from_depth
 import numpy as np
 import outliers
@@ -27,7 +26,6 @@ from libragrad_minimal import LIBRA, PLAIN, attribute, benchmark, libra_grad, re
 from libragrad_minimal.batches import opened, pixels
 from libragrad_minimal.benchmark import Settings, compare, read_table, run, summary
 from libragrad_minimal.demo_vits import VITS
-from libragrad_minimal.dropping import dropping
 from libragrad_minimal.files import only_one
 from libragrad_minimal.models import DATA, load_demo
 from libragrad_minimal.scenes import draw_scene
@@ -461,20 +459,12 @@ def test_stored_deletion_from_a_depth_on_is_what_is_measured(shared):
     assert np.allclose(from_half[f"{value}_x"], skip_plus.loc[from_half.index], atol=1e-4)
 
 
-@pytest.mark.parametrize("family", VITS)
-def test_tokens_of_families_are_dropped_wherever_that_can_be(family):
-    """The table has both protocols of a family exactly if the package itself drops its tokens."""
+def test_families_are_measured_under_both_protocols():
     stored = pd.read_parquet(DATA / "benchmark_families.parquet")
-    protocols = set(stored.loc[stored["model"] == family, "protocol"]) - {""}
-    model = load_demo(family).model
-    keep = torch.arange(64)[None] < 32
-    if family in families.PLACES_IN_BLOCKS:
-        with pytest.raises(ValueError, match="tell where tokens are"):
-            dropping(model, model)((torch.randn(1, 3, 64, 64), keep))
-        assert protocols == {"occlude patches"}
-    else:
-        assert dropping(model, model)((torch.randn(1, 3, 64, 64), keep)).shape == (1, 12)
-        assert protocols == {"occlude patches", "drop tokens"}
+    deletion = stored[stored["metric"] == "SRG"]
+    counts = deletion.groupby(["model", "method", "rules", "protocol"], observed=True)["example"].nunique().unstack()
+    assert set(counts.index.get_level_values("model")) == set(VITS)
+    assert (counts[["drop tokens", "occlude patches"]] == 50).all(axis=None)
 
 
 @pytest.mark.parametrize("family", VITS)
