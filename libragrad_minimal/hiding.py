@@ -7,9 +7,6 @@ and in a layer that adds up tokens (MLP-Mixer) nothing of it is added.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor

@@ -209,7 +209,7 @@ def hf_dinov3():
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("build", [hf_beit, hf_dinov3])
 def test_hidden_tokens_never_matter_and_others_stay_where_they_are(build, attention):
-    """What is painted over a patch that is gone doesn't matter; with all of them but one hidden, that one still does."""
+    """What is painted over a patch that is gone doesn't matter; what is painted over one that stays does."""
     model = build()
     model.set_attn_implementation(attention)
     pictures, keep = torch.randn(2, 3, 32, 32), torch.ones(2, 16, dtype=torch.bool)
