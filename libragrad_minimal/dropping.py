@@ -117,8 +117,8 @@ class Entrance:
                 return None
             if isinstance(result, Tensor):
                 return leave(result)
-            place = next(i for i, part in enumerate(result) if is_stream(part) and part.shape == entered[0])
-            return (*result[:place], leave(result[place]), *result[place + 1 :])
+            places = [i for i, part in enumerate(result) if is_stream(part) and part.shape == entered[0]]
+            return (*result[: places[0]], leave(result[places[0]]), *result[places[0] + 1 :])
 
         def hooks() -> Iterator[Any]:
             for block in set(self.blocks):
