@@ -4,10 +4,10 @@ python tests/benchmarks/deletion.py             # demo-sized ViT, 64x64 pictures
 python tests/benchmarks/deletion.py --big       # ViT-Tiny, 224x224 pictures
 python tests/benchmarks/deletion.py --drop      # tokens dropped behind the position embedding
 
-Two cores, torch 2.14, November 2026, 8 pictures and 8 methods of the demo's size: painted 13.9 s for the loop and 1.68
-for `deletion` (8.3 times faster, 98 % of it inside the model); dropped 3.41 s and 0.93 (3.7 times, 95 %), which is 15
+Two cores, torch 2.14, November 2026, 8 pictures and 8 methods of the demo's size: painted 16.5 s for the loop and 1.74
+for `deletion` (8.8 times faster, 97 % of it inside the model); dropped 3.87 s and 0.93 (4.2 times, 95 %), which is 18
 times faster than the loop that paints. More isn't to be had from batches: the model's blocks alone, on as many streams
-of half the tokens, take 0.76 to 0.86 s.
+of half the tokens, take 0.76 to 0.86 s. whole_benchmark.py times both protocols and the attributions together.
 """
 
 import argparse
