@@ -94,7 +94,7 @@ def main():
         slow.append(time.perf_counter() - start)
 
     table = table[table["metric"] == "SRG (logit)"].set_index(["example", "method", "rules", "protocol"])["value"]
-    worst = max(abs(table[batch.names[i], *run] - value) for (i, *run), value in expected.items())
+    worst = max(abs(table[(batch.names[i], *run)] - value) for (i, *run), value in expected.items())
     ratio = statistics.median(s / f for s, f in zip(slow, fast, strict=True))
     print(f"{len(expected)} values, largest difference {worst:.1e}")
     print(f"loop {statistics.median(slow):.1f} s, command {statistics.median(fast):.1f} s: {ratio:.1f} times faster")
