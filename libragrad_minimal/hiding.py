@@ -31,33 +31,32 @@ class hidden_tokens(TorchFunctionMode):
         self.gone = gone
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
+        kwargs = dict(kwargs or {})
         if function is F.scaled_dot_product_attention:
             return self.attention(*args, **kwargs)
-        if function in SOFTMAX and self.over_tokens(args[0]):
-            weights = args[0].masked_fill(self.like(args[0]), -torch.inf)
-            return function(weights, *args[1:], **kwargs)
-        if function is F.linear and self.adds_up_tokens(args[0]):
-            return function(args[0].masked_fill(self.like(args[0]), 0), *args[1:], **kwargs)
+        if function in SOFTMAX or function is F.linear:
+            given, *rest = args or (kwargs.pop("input"),)
+            if function in SOFTMAX and self.over_tokens(given):
+                given = given.masked_fill(self.like(given), -torch.inf)
+            elif function is F.linear and self.adds_up_tokens(given):
+                given = given.masked_fill(self.like(given), 0)
+            return function(given, *rest, **kwargs)
         if is_written_in_python(function):  # its steps are looked at, too
             with self:
                 return step_by_step(function)(*args, **kwargs)
         return function(*args, **kwargs)
 
     def attention(self, query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, *args, **kwargs):
-        if len(key) == len(self.gone) and key.shape[-2] == self.gone.shape[1]:
+        if self.over_tokens(key.mT):
             seen = ~self.like(key.mT)
-            if attn_mask is None:
-                attn_mask = seen
-            else:
-                nothing = False if attn_mask.dtype == torch.bool else -torch.inf
-                attn_mask = torch.where(seen, attn_mask, nothing)
+            nothing = False if attn_mask is None or attn_mask.dtype == torch.bool else -torch.inf
+            attn_mask = seen if attn_mask is None else torch.where(seen, attn_mask, nothing)
         return F.scaled_dot_product_attention(query, key, value, attn_mask, *args, **kwargs)
 
-    def over_tokens(self, weights: Tensor) -> bool:
+    def over_tokens(self, given: Tensor) -> bool:
         """(N, ..., T) or, of N samples with several heads each, (N H, ..., T)."""
         samples, count = self.gone.shape
-        return weights.dim() > 2 and weights.shape[-1] == count and len(weights) % samples == 0
+        return given.dim() > 2 and given.shape[-1] == count and len(given) % samples == 0
 
     def adds_up_tokens(self, given: Tensor) -> bool:
         """(N, C, T): with channels last, it would be channels that the layer adds up."""

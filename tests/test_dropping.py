@@ -225,6 +225,37 @@ def test_hidden_tokens_never_matter_and_others_stay_where_they_are(build, attent
         assert (run((pictures, torch.ones_like(keep))) - some).abs().max() > 1e-4
 
 
+class HeadsFirst(nn.Module):
+    """Attention by hand with a bias, and rows of weights that are heads first, then samples: (H N, T, T)."""
+
+    def __init__(self, heads_first):
+        super().__init__()
+        self.project, self.heads_first = nn.Linear(16, 16), heads_first
+        self.bias = nn.Parameter(torch.randn(16, 16))
+
+    def forward(self, h):
+        heads = self.project(h).unflatten(2, (2, 8)).transpose(1, 2)  # (N, H, T, C)
+        heads = heads.transpose(0, 1) if self.heads_first else heads
+        rows = heads.flatten(0, 1)
+        weights = torch.softmax(input=rows @ rows.mT + self.bias, dim=-1)
+        mixed = (weights @ rows).unflatten(0, heads.shape[:2])
+        mixed = mixed.transpose(0, 1) if self.heads_first else mixed
+        return h + mixed.transpose(1, 2).flatten(2)
+
+
+def test_rows_of_several_heads_are_told_by_their_sample_or_refused():
+    model, pictures, keep = Backwards(), torch.randn(2, 3, 32, 32), torch.ones(2, 16, dtype=torch.bool)
+    model.blocks = nn.ModuleList(nn.Sequential(HeadsFirst(False), nn.GELU()) for _ in range(2))
+    keep[0, 5] = keep[1, 6] = False
+    run, painted = dropping(model, model), pictures.clone()
+    painted[0, :, 8:16, 8:16] = painted[1, :, 8:16, 16:24] = 7
+    torch.testing.assert_close(run((painted, keep)), run((pictures, keep)))
+    for block in model.blocks:
+        block[0].heads_first = True
+    with pytest.raises(ValueError, match="occlude_patches"):
+        dropping(model, model)((pictures, keep))
+
+
 class Convolved(nn.Module):
     def __init__(self):
         super().__init__()
