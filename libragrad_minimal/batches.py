@@ -63,7 +63,7 @@ class Settings:
     explain: str = "logit"  # of the class: its logit, its probability, or how far it is ahead of the others
     count: int | None = None  # only so many examples, spread evenly over the data set
     batch: int = 8
-    threads: int = 1  # of a process on a CPU; their number changes the last digits of sums
+    threads: int | None = None  # of a process on a CPU, each on pictures of its own, so that no digit depends on them
     seed: int = 0
 
     def runs(self) -> dict[str, list[str]]:
@@ -92,7 +92,7 @@ class Settings:
             unknown = [name for name in chosen if name not in known]
             if unknown or not chosen:
                 raise ValueError(f"unknown {what} {', '.join(unknown) or '(none given)'}; there are {', '.join(known)}")
-        if min(self.batch, self.threads, 1 if self.count is None else self.count) < 1:
+        if min(self.batch, *(1 if number is None else number for number in (self.threads, self.count))) < 1:
             raise ValueError("batch, threads and count must be at least 1")
         check_text(self.model, "the model's name")
         check_text(self.data, "the name of the data")
@@ -306,7 +306,7 @@ def deletions(
 ) -> Iterator[dict[Any, Deletion]]:
     """Both protocols take 10, 20 ... 90 % of the tokens away (Mehri et al. 2025, section 4)."""
     target = "second" if settings.target == "second" else classes
-    options = {"target": target, "labels": batch.labels} | AUTHORS_PROTOCOL
+    options = {"target": target, "labels": batch.labels, "workers": settings.threads or 1} | AUTHORS_PROTOCOL
     if of.is_text:
         removable = torch.ones_like(batch.inputs, dtype=torch.bool)
         removable[:, [0, -1]] = False

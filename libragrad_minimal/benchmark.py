@@ -13,8 +13,9 @@ from __future__ import annotations
 import json
 import os
 import platform
-from collections.abc import Sequence
-from dataclasses import asdict
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 from zlib import crc32
@@ -45,7 +46,6 @@ def run(settings: Settings, folder: Path, device_map: str | None = None) -> Path
             anything is measured. BlockingIOError: this part of the work is being done by another process.
     """
     settings.check()
-    torch.set_num_threads(settings.threads)
     number, of, device = place_among_processes()
     of_model = subject(load(settings.model, device, device_map))
     examples = spread(open_data(settings.data, of_model.loaded), settings.count)
@@ -57,15 +57,28 @@ def run(settings: Settings, folder: Path, device_map: str | None = None) -> Path
     if mine:
         check_methods(of_model, examples, settings)
     folder.mkdir(parents=True, exist_ok=True)
-    with only_one(folder / f"process {number}"):
+    with only_one(folder / f"process {number}"), one_thread_each() as threads:
         with whole_file(folder / "settings.json") as beside:
             beside.write_text(json.dumps(asked, indent=1), encoding="utf-8")
+        on_a_cpu = device.type == "cpu" and device_map is None
+        settings = replace(settings, threads=(settings.threads or threads) if on_a_cpu else 1)
         for index in tqdm(mine, f"{settings.data} ({number + 1} of {of})" if of > 1 else settings.data, disable=None):
             torch.manual_seed(settings.seed + index)
             write(measured(of_model, batches[index], settings), part(folder, index))
     if not all(part(folder, index).exists() for index in range(len(batches))):
         return None
     return put_together(folder, settings, len(batches))
+
+
+@contextmanager
+def one_thread_each() -> Iterator[int]:
+    """Inside, no operation is split among threads: their number would show in its last digits. Yields that number."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield threads
+    finally:
+        torch.set_num_threads(threads)
 
 
 def place_among_processes() -> tuple[int, int, torch.device]:
@@ -100,7 +113,9 @@ def spread(examples: Sequence[Example], count: int | None) -> list[Example]:
 def described(settings: Settings, examples: Sequence[Example]) -> dict[str, Any]:
     """What a folder's settings.json says, as JSON gives it back."""
     named = "\n".join(example.name for example in examples)
-    return json.loads(json.dumps(asdict(settings) | {"examples": len(examples), "names": crc32(named.encode())}))
+    told = asdict(settings) | {"examples": len(examples), "names": crc32(named.encode())}
+    del told["threads"]  # another machine may have more
+    return json.loads(json.dumps(told))
 
 
 def refuse_other_run(folder: Path, asked: dict[str, Any]) -> None:

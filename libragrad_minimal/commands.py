@@ -445,7 +445,7 @@ def sweep_models(library, pattern, processes, seconds, gigabytes, output) -> int
 )
 @click.option("--count", type=int, help="Only so many examples, spread evenly.  [default: all]")
 @click.option("--batch", type=int, help="Examples at a time.  [default: 8]")
-@click.option("--threads", type=int, help="CPU threads of a process.  [default: 1, so start more processes]")
+@click.option("--threads", type=int, help="CPU threads of a process; no digit depends on them.  [default: all]")
 @click.option("--seed", type=int, help="[default: 0]")
 @click.option("--device-map", type=click.Choice(["auto"]), help="Spread a language model over several devices.")
 @click.option("--csv", is_flag=True, help="The table as CSV, too.")
@@ -473,7 +473,7 @@ def benchmark(device_map, csv, compare, output, **given) -> int:  # fmt: skip
     if csv:
         table.to_csv(path.with_suffix(".csv"), index=False)
     report.figure(table).savefig(path.with_name("figure.png"), dpi=120)
-    told = [(name, str(value)) for name, value in vars(settings).items()]
+    told = [(name, str(value)) for name, value in vars(settings).items() if value is not None]
     with whole_file(path.with_name("report.html")) as page_file:
         page_file.write_text(report.page(table, told), encoding="utf-8")
     counted = f"{report.measured(table)} examples measured, {len(benchmark.skipped(table))} skipped"

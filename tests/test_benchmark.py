@@ -214,6 +214,15 @@ def test_two_processes_one_of_them_killed(uninterrupted, tmp_path):
     pd.testing.assert_frame_equal(whole(folder), uninterrupted, check_exact=True)
 
 
+def test_the_number_of_threads_changes_no_digit(measured, tmp_path):
+    before = torch.get_num_threads()
+    run(replace(FEW, threads=1), tmp_path / "one")
+    assert torch.get_num_threads() == before
+    (tmp_path / "one" / "parts" / "00001.parquet").unlink()
+    run(replace(FEW, threads=3), tmp_path / "one")  # nor is it another run
+    pd.testing.assert_frame_equal(read_table(tmp_path / "one"), read_table(measured), check_exact=True)
+
+
 def test_a_second_process_on_the_same_work_is_told_so(tmp_path):
     folder = tmp_path / "taken"
     run(FEW, folder)

@@ -1,5 +1,7 @@
 """The metrics against scikit-learn, brute-force loops and cases worked out by hand."""
 
+import threading
+import time
 from functools import partial
 
 import numpy as np
@@ -181,6 +183,37 @@ def test_deletion_shares_equal_copies():
     x = torch.randn(2, 4)
     metrics.deletion(model_fn, x, {"a": x, "again": x}, lambda x, keep: x * keep, fractions=(0.25, 0.5, 0.75, 1))
     assert sum(seen) == 2 * (1 + 3 + 3 + 1)
+
+
+def test_several_workers_find_the_same_and_one_that_fails_stops_all():
+    model, x, ran = tiny_vit(), torch.randn(3, 3, 32, 32), []
+    scores = {name: torch.randn(3, 16) for name in "abcd"}
+
+    def model_fn(pictures):
+        ran.append(threading.get_ident())
+        assert not torch.is_grad_enabled()
+        return model(pictures)
+
+    run = partial(metrics.deletion, inputs=x, scores=scores, occlude=metrics.occlude_patches, batch_size=4)
+    expected = run(model_fn)
+    assert set(ran) == {threading.get_ident()}
+    ran.clear()
+    for name, found in run(model_fn, workers=3).items():
+        for curves, others in ((found.mif, expected[name].mif), (found.lif, expected[name].lif)):
+            assert all(torch.equal(a, b) for a, b in zip(curves, others, strict=True))
+    assert len(set(ran)) > 1
+
+    def fails_at_the_third(pictures):
+        ran.append(0)
+        if len(ran) == 3:
+            raise ArithmeticError("the third")
+        time.sleep(0.05)
+        return model(pictures)
+
+    ran.clear()
+    with pytest.raises(ArithmeticError, match="the third"):
+        run(fails_at_the_third, workers=2)
+    assert len(ran) < 10, "the rest ran all the same"
 
 
 def test_deletion_follows_another_target():

@@ -4,10 +4,10 @@ python tests/benchmarks/deletion.py             # demo-sized ViT, 64x64 pictures
 python tests/benchmarks/deletion.py --big       # ViT-Tiny, 224x224 pictures
 python tests/benchmarks/deletion.py --drop      # tokens dropped behind the position embedding
 
-Two cores, torch 2.14, November 2026, 8 pictures and 8 methods of the demo's size: painted 16.5 s for the loop and 1.74
-for `deletion` (8.8 times faster, 97 % of it inside the model); dropped 3.87 s and 0.93 (4.2 times, 95 %), which is 18
-times faster than the loop that paints. More isn't to be had from batches: the model's blocks alone, on as many streams
-of half the tokens, take 0.76 to 0.86 s. whole_benchmark.py times both protocols and the attributions together.
+Two cores, torch 2.14, November 2026, --pictures 8 --methods 8: painted 16 to 18 s for the loop and 1.7 for `deletion`
+(9.6 and 11 times faster, 99 % of it inside the model); dropped 3.8 to 4.1 s and 0.87 to 0.91 (4.4 and 4.5 times, 98 %),
+which is 18 times faster than the loop that paints. More can hardly be had there: matrix products alone take two thirds
+of that time, at the speed of the cores. whole_benchmark.py times both protocols and the attributions together.
 """
 
 import argparse
@@ -16,7 +16,9 @@ import time
 
 import timm
 import torch
+from measuring import Inside
 
+from libragrad_minimal.benchmark import one_thread_each
 from libragrad_minimal.dropping import drop_tokens, dropping
 from libragrad_minimal.metrics import FRACTIONS, deletion, occlude_patches
 
@@ -72,22 +74,17 @@ def main():
     scores = {f"method {i}": torch.randn(args.pictures, side * side) for i in range(args.methods)}
 
     answer, occlude = (drop, drop_tokens) if args.drop else (paint, occlude_patches)
-    in_model = 0.0
-
-    def timed_model(pictures):
-        nonlocal in_model
-        start = time.perf_counter()
-        logits = model(pictures)
-        in_model += time.perf_counter() - start
-        return logits
+    inside = Inside()
 
     fast, slow = [], []
-    model_fn = dropping(model, timed_model) if args.drop else timed_model
+    model_fn = inside.watched(model)
+    model_fn = dropping(model, model_fn) if args.drop else model_fn
     with torch.no_grad():
         model(images)  # warm up
         for _ in range(args.pairs):
             start = time.perf_counter()
-            results = deletion(model_fn, images, scores, occlude)
+            with one_thread_each() as threads:
+                results = deletion(model_fn, images, scores, occlude, workers=threads)
             fast.append(time.perf_counter() - start)
             start = time.perf_counter()
             expected = naive_deletion(model, images, scores, side, answer)
@@ -102,7 +99,7 @@ def main():
         f"naive {statistics.median(slow):.2f} s, batched {statistics.median(fast):.2f} s: {ratio:.1f} times faster "
         f"(median of {args.pairs} pairs) on {torch.get_num_threads()} threads"
     )
-    print(f"share of the batched time spent inside the model: {100 * in_model / sum(fast):.0f} %")
+    print(f"share of the batched time spent inside the model: {100 * inside.total / sum(fast):.0f} %")
     assert worst < 1e-4
 
 

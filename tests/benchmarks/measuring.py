@@ -12,6 +12,7 @@ import json
 import os
 import statistics
 import tempfile
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -68,6 +69,33 @@ def seconds(run: Pass, device: str) -> float:
     start = time.perf_counter()
     run()
     return time.perf_counter() - start
+
+
+class Inside:
+    """Adds up the time in which at least one thread is inside of functions that it watches."""
+
+    def __init__(self):
+        self.total, self.calls, self.since = 0.0, 0, 0.0
+        self.lock = threading.Lock()
+
+    def watched(self, function: Callable) -> Callable:
+        def run(*args, **kwargs):
+            with self:
+                return function(*args, **kwargs)
+
+        return run
+
+    def __enter__(self):
+        with self.lock:
+            self.calls += 1
+            if self.calls == 1:
+                self.since = time.perf_counter()
+
+    def __exit__(self, *exception):
+        with self.lock:
+            self.calls -= 1
+            if not self.calls:
+                self.total += time.perf_counter() - self.since
 
 
 def memory(run: Pass, device: str) -> Memory:
