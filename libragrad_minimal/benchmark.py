@@ -64,7 +64,7 @@ def run(settings: Settings, folder: Path, device_map: str | None = None) -> Path
         settings = replace(settings, threads=(settings.threads or threads) if on_a_cpu else 1)
         for index in tqdm(mine, f"{settings.data} ({number + 1} of {of})" if of > 1 else settings.data, disable=None):
             torch.manual_seed(settings.seed + index)
-            write(measured(of_model, batches[index], settings), part(folder, index))
+            write(measured(of_model, batches[index], settings).assign(**versions()), part(folder, index))
     if not all(part(folder, index).exists() for index in range(len(batches))):
         return None
     return put_together(folder, settings, len(batches))
@@ -148,14 +148,16 @@ def write(table: pd.DataFrame, file: Path) -> None:
 
 
 def put_together(folder: Path, settings: Settings, batches: int) -> Path:
-    """One table of all parts, with the settings and versions in columns."""
+    """One table of all parts, with the settings in columns beside the versions that measured each."""
     rows = pd.concat([pd.read_parquet(part(folder, index)) for index in range(batches)], ignore_index=True)
     about = {
         name: str(value) for name, value in asdict(settings).items() if name in ("model", "data", "target", "seed")
     }
-    about |= {"explained": settings.explain} | versions()
-    for name, value in about.items():
+    for name, value in (about | {"explained": settings.explain}).items():
         rows[name] = pd.Categorical([value] * len(rows), [value])
+    for name in versions():
+        noted = rows[name].fillna("") if name in rows else ""  # our first version didn't note them with each part
+        rows[name] = pd.Series(noted, rows.index).astype("category")
     for name in KEYS:
         rows[name] = rows[name].astype("category")
     write(rows, folder / "table.parquet")

@@ -223,6 +223,20 @@ def test_the_number_of_threads_changes_no_digit(measured, tmp_path):
     pd.testing.assert_frame_equal(read_table(tmp_path / "one"), read_table(measured), check_exact=True)
 
 
+def test_each_part_keeps_the_versions_that_measured_it(measured, tmp_path):
+    """A run that was begun with another PyTorch, or by a version of ours that noted none, and ends with this one."""
+    folder = tmp_path / "resumed"
+    shutil.copytree(measured, folder)
+    first, second = (folder / "parts" / f"0000{i}.parquet" for i in (0, 1))
+    pd.read_parquet(first).assign(torch="2.0").drop(columns="timm").to_parquet(first)
+    second.unlink()
+    run(FEW, folder)
+    table = read_table(folder)
+    of_first = table["example"].isin(pd.read_parquet(first)["example"])
+    assert set(table[of_first]["torch"]) == {"2.0"} and set(table[~of_first]["torch"]) == {torch.__version__}
+    assert set(table[of_first]["timm"]) == {""} and "" not in set(table[~of_first]["timm"])
+
+
 def test_a_second_process_on_the_same_work_is_told_so(tmp_path):
     folder = tmp_path / "taken"
     run(FEW, folder)
