@@ -23,7 +23,14 @@ from .demo_vits import SIDE, VITS, build
 from .room import announce, cause, device_and_dtype, or_a_smaller_one
 from .sentences import one_line, similar_ones
 from .token_bytes import bytes_of, whole_characters
-from .untrusted import check_open_clip_config, config_of_weights, in_one_sentence, place_of
+from .untrusted import (
+    check_open_clip_config,
+    check_timm_config,
+    config_of_weights,
+    in_one_sentence,
+    place_of,
+    without_pickled_code,
+)
 
 PACKAGE = Path(__file__).resolve().parent
 DATA = PACKAGE / "data" if (PACKAGE / "data").is_dir() else PACKAGE.parent / "data"  # in a wheel; in a clone
@@ -147,6 +154,8 @@ def _pretrained_vit(name: str) -> LoadedModel:
     if about is not None and about.hf_hub_id:
         announce("vit", name, about.hf_hub_id, "model.safetensors", "pytorch_model.bin")
     try:
+        if name.startswith(("hf-hub:", "local-dir:")):
+            check_timm_config(name)
         model = timm.create_model(name, pretrained=True)
     except LocalEntryNotFoundError as error:
         raise _unreachable(name, "the name of a model that is", "vit") from error
@@ -462,7 +471,7 @@ def _describe_clip(name: str, model: Any, transform: Callable, tokenizer: Any) -
 def _carefully(kind: str, load: Callable) -> Callable:
     @wraps(load)
     def loading(name: str, *options: Any) -> LoadedModel:
-        with in_one_sentence(f"{name} can't be loaded"), or_a_smaller_one(kind, name):
+        with in_one_sentence(f"{name} can't be loaded"), or_a_smaller_one(kind, name), without_pickled_code(name):
             return load(name, *options)
 
     return loading

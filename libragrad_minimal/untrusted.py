@@ -8,14 +8,18 @@ to its tokenizer.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from functools import partial
 from importlib.metadata import version
 from math import prod
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
+from torch.overrides import TorchFunctionMode
 
 from .gguf_header import tensor_shapes
 from .sentences import one_line
@@ -24,6 +28,7 @@ from .sentences import one_line
 OWN = ("eager", "sdpa", "flex_attention", "batched_mm", "grouped_mm")
 
 OPTIONAL = {f"_raise_exceptions_for_{what}": False for what in ("missing_entries", "gated_repo", "connection_errors")}
+WEIGHTS_ONLY = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"  # PyTorch's own, read by each torch.load
 DEEPEST = 1000  # layers; today's deepest models have a hundred
 
 
@@ -172,18 +177,9 @@ def check_open_clip_config(name: str) -> None:
         refuse_remote_code(config, name)
         text_tower = config.get("text_cfg", {}).get("hf_model_name")
     for described in (config, transformers_config(text_tower) if text_tower else {}):
-        for path, value in entries(described):
-            if path.endswith("layers") and isinstance(value, int) and value > DEEPEST:
-                raise ValueError(f"{name} has a config of {one_line(value, 40)} layers; no model has over {DEEPEST}")
-    file = open_clip_file(name)
-    with in_one_sentence(f"{name} has a config that can't be used"), torch.device("meta"):
-        try:
-            model = open_clip.create_model(name, load_weights=False, pretrained_text=False, device="meta")
-        except NotImplementedError:  # older libraries can't lay out every tower without memory
-            return
-    numbers, size = sum(part.numel() for part in model.parameters()), file.stat().st_size if file else 0
-    if file and numbers > size:
-        raise ValueError(f"{name} has weights of {size:,} bytes, and its config describes {numbers:,} weights")
+        refuse_too_deep(name, described)
+    build = partial(open_clip.create_model, name, load_weights=False, pretrained_text=False, device="meta")
+    refuse_too_large(name, build, open_clip_file(name))
 
 
 def open_clip_file(name: str) -> Path | None:
@@ -194,9 +190,90 @@ def open_clip_file(name: str) -> Path | None:
     names = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")
     found = [Path(file) for file in (cached_file(place, known, **OPTIONAL) for known in names) if file]
     if not found and scheme == "local-dir":
-        found = [file for file in Path(place).glob("*") if file.suffix in (".safetensors", ".bin", ".pth")]
-        found.sort(key=lambda file: file.stat().st_size, reverse=True)
+        return largest(weights_in(place))
     return found[0] if found else None
+
+
+def check_timm_config(name: str) -> None:
+    """As `check_open_clip_config`, of a ViT that holds its own shape ("hf-hub:owner/name", "local-dir:folder")."""
+    import timm
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError
+
+    scheme, _, place = name.partition(":")
+    repository, _, revision = place.partition("@")
+    fetch = partial(hf_hub_download, repository, revision=revision or None)
+    file = Path(place, "config.json") if scheme == "local-dir" else Path(fetch("config.json"))
+    with in_one_sentence(f"{name} has a config that can't be used"):
+        config = json.loads(file.read_text(encoding="utf-8"))
+        refuse_remote_code(config, name)
+        chosen = (config.get("pretrained_cfg") or config).get("hf_hub_filename")
+    refuse_too_deep(name, config)
+    if scheme == "local-dir":
+        weights = weights_in(place)
+    else:
+        weights = []
+        for known in [chosen] if chosen else ["model.safetensors", "pytorch_model.bin"]:
+            with suppress(EntryNotFoundError):
+                weights.append(Path(fetch(known)))
+                break
+    refuse_too_large(name, partial(timm.create_model, name), largest(weights))
+
+
+def largest(files: list[Path]) -> Path | None:
+    return max(files, key=lambda file: file.stat().st_size, default=None)
+
+
+def weights_in(folder: str) -> list[Path]:
+    return [file for file in Path(folder).glob("*") if file.suffix in (".safetensors", ".bin", ".pth", ".pt")]
+
+
+def refuse_too_deep(name: str, config: Any) -> None:
+    for path, value in entries(config):
+        if path.endswith(("layers", "depth", "depths", "blocks")) and isinstance(value, int) and value > DEEPEST:
+            raise ValueError(f"{name} has a config of {one_line(value, 40)} layers; no model has over {DEEPEST}")
+
+
+def refuse_too_large(name: str, build: Callable[[], torch.nn.Module], file: Path | None) -> None:
+    """Raises ValueError if a model, laid out without memory, has more numbers than its file has bytes."""
+    with in_one_sentence(f"{name} has a config that can't be used"), torch.device("meta"), rates_on_the_cpu():
+        numbers = sum(part.numel() for part in build().parameters())
+    if file and numbers > file.stat().st_size:
+        size = file.stat().st_size
+        raise ValueError(f"{name} has weights of {size:,} bytes, and its config describes {numbers:,} weights")
+
+
+class rates_on_the_cpu(TorchFunctionMode):
+    """Inside, `torch.linspace` of as many numbers as a model has layers makes them on the meta device, too: older timm
+    reads dropout rates off it."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        kwargs = dict(kwargs or {})
+        if function is torch.linspace:
+            steps = kwargs.get("steps", args[2] if len(args) > 2 else None)
+            kwargs |= {"device": "cpu"} if isinstance(steps, int) and steps <= DEEPEST else {}
+        return function(*args, **kwargs)
+
+
+@contextmanager
+def without_pickled_code(name: str) -> Iterator[None]:
+    """Inside, `torch.load` makes tensors and nothing else, though a library asks for more: under timm 1.0.20 a file of
+    weights in a folder may name what is to be run."""
+    before = os.environ.get(WEIGHTS_ONLY)
+    os.environ[WEIGHTS_ONLY] = "1"
+    try:
+        yield
+    except (UnpicklingError, EOFError, RuntimeError) as error:  # the last is what newer timm makes of the first
+        if type(error) is RuntimeError and "weights_only" not in str(error):
+            raise
+        if "nsupported global" in str(error):
+            why = "holds more than tensors, which would have to be run as code; take one in safetensors' format"
+        else:
+            why = "is damaged, or of a format that its library can't read"
+        raise ValueError(f"{name} was not loaded: its file of weights {why}") from error
+    finally:
+        del os.environ[WEIGHTS_ONLY]
+        os.environ |= {} if before is None else {WEIGHTS_ONLY: before}
 
 
 @contextmanager

@@ -1,12 +1,16 @@
 """Strangers' models: nothing in a file makes us run somebody's code or build what the file can't fill."""
 
 import json
+import os
 import random
 import shutil
 import time
 from pathlib import Path
 
+import huggingface_hub
 import pytest
+import timm
+import torch
 import transformers
 from safetensors.torch import save_file
 from spoiled import spoiled
@@ -174,6 +178,106 @@ def test_towers_that_the_weights_cannot_fill(open_clips, tower, sizes, monkeypat
     monkeypatch.setattr(open_clip, "create_model_and_transforms", lambda *a, **b: pytest.fail("built"))
     with pytest.raises(ValueError, match="its config describes .* weights|no model has over 1000"):
         load_pretrained("clip", f"local-dir:{open_clips}")
+
+
+VIT_SIZES = {"img_size": 32, "patch_size": 8, "embed_dim": 24, "depth": 2, "num_heads": 2}
+
+
+@pytest.fixture(params=["local-dir", "hf-hub"])
+def somebodys_vit(request, tmp_path, monkeypatch) -> tuple[str, Path]:
+    """A small ViT of timm's that holds its own shape, in a folder or in the hub's cache: its name and its place."""
+    place = tmp_path / "vit"
+    if request.param == "hf-hub":
+        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+        kept = tmp_path / "models--owner--vit"
+        place = kept / "snapshots" / ("0" * 40)
+        (kept / "refs").mkdir(parents=True)
+        (kept / "refs" / "main").write_text("0" * 40)
+    place.mkdir(parents=True)
+    torch.save(timm.create_model("vit_tiny_patch16_224", num_classes=5, **VIT_SIZES).state_dict(), weights_of(place))
+    with_vit_settings(place)
+    return f"{request.param}:{'owner/vit' if request.param == 'hf-hub' else place}", place
+
+
+def weights_of(place: Path) -> Path:
+    return place / "pytorch_model.bin"
+
+
+def with_vit_settings(place: Path, **settings) -> None:
+    about = {
+        "input_size": [3, 32, 32],
+        "fixed_input_size": True,
+        "first_conv": "patch_embed.proj",
+        "classifier": "head",
+    }
+    config = {"architecture": "vit_tiny_patch16_224", "num_classes": 5, "pretrained_cfg": about}
+    (place / "config.json").write_text(json.dumps(config | {"model_args": VIT_SIZES | settings}))
+
+
+def test_a_vit_that_holds_its_own_shape(somebodys_vit):
+    assert load_pretrained("vit", somebodys_vit[0]).grid == (4, 4)
+
+
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        {"embed_dim": 240_000},
+        {"depth": 10**7},
+        {"depth": 900, "embed_dim": 4096},
+        {"img_size": 10**6},
+        {"mlp_ratio": 1e6},
+    ],
+    ids=str,
+)
+def test_a_vit_that_its_weights_cannot_fill(somebodys_vit, sizes):
+    name, place = somebodys_vit
+    with_vit_settings(place, **sizes)
+    with pytest.raises(ValueError, match="its config describes .* weights|no model has over 1000"):
+        load_pretrained("vit", name)
+
+
+@pytest.mark.parametrize("text", ["", "[]", '{"architecture": "nothing"}', '{"architecture": 7, "model_args": []}'])
+def test_a_vit_with_a_damaged_config(somebodys_vit, text):
+    name, place = somebodys_vit
+    (place / "config.json").write_text(text)
+    with pytest.raises(ValueError, match="has a config that can't be used: .") as caught:
+        load_pretrained("vit", name)
+    assert str(caught.value).count("\n") == 0
+
+
+class Told:
+    """What a pickle runs when it is opened."""
+
+    def __init__(self, file: Path):
+        self.file = file
+
+    def __reduce__(self):
+        return Path.touch, (self.file,)
+
+
+@pytest.mark.parametrize("elsewhere", [{}, {"hf_hub_filename": "other.bin"}], ids=["usual name", "another name"])
+def test_weights_that_would_run_code(somebodys_vit, elsewhere, tmp_path):
+    """Under timm 1.0.20 these ran it."""
+    name, place = somebodys_vit
+    torch.save({"state_dict": Told(tmp_path / "ran"), "weights": torch.randn(20_000)}, weights_of(place))
+    shutil.copy(weights_of(place), place / "other.bin")
+    config = json.loads((place / "config.json").read_text())
+    config["pretrained_cfg"] |= elsewhere
+    (place / "config.json").write_text(json.dumps(config))
+    before = dict(os.environ)
+    with pytest.raises(ValueError, match="more than tensors.*safetensors"):
+        load_pretrained("vit", name)
+    assert not (tmp_path / "ran").exists() and dict(os.environ) == before
+
+
+@pytest.mark.parametrize("damaged", [b"", b"\x80\x02", b"PK\x03\x04 no zip", b"a text"])
+def test_weights_that_are_none(somebodys_vit, damaged):
+    name, place = somebodys_vit
+    weights_of(place).write_bytes(damaged + bytes(200_000 * bool(damaged)))
+    with pytest.raises(ValueError, match="damaged|can't be loaded|0 bytes") as caught:
+        load_pretrained("vit", name)
+    assert "more than tensors" not in str(caught.value) and "\n" not in str(caught.value)
 
 
 # ---- damaged configs of other people's models ------------------------------------------------------------------------
