@@ -261,7 +261,7 @@ def test_weights_that_would_run_code(somebodys_vit, elsewhere, tmp_path):
     """Under timm 1.0.20 these ran it."""
     name, place = somebodys_vit
     torch.save({"state_dict": Told(tmp_path / "ran"), "weights": torch.randn(20_000)}, weights_of(place))
-    shutil.copy(weights_of(place), place / "other.bin")
+    weights_of(place).rename(place / elsewhere.get("hf_hub_filename", weights_of(place).name))
     config = json.loads((place / "config.json").read_text())
     config["pretrained_cfg"] |= elsewhere
     (place / "config.json").write_text(json.dumps(config))
