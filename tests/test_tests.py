@@ -22,6 +22,7 @@ ELSEWHERE = {  # a module without a file of its own -> the file whose tests call
     "gradient_methods": "test_methods.py",
     "small_timm": "test_sweep.py",
     "special_configs": "test_sweep.py",
+    "hiding": "test_dropping.py",
     "hovering": "test_explorer.py",
     "made_inputs": "test_sweep.py",
     "outputs": "test_cli.py",
