@@ -55,6 +55,11 @@ def on_page_content(html, page, config, files):
             whole = text.replace(" ± ", "\u00a0±\u00a0")
             whole = re.sub(r"(?<=\de)-(?=\d)", "\u2011", whole)
             text.replace_with(whole)  # a number and its error stay on one line, and 1.7e-06 whole
+    for formula in soup.find_all(class_="arithmatex"):  # mkdocs-jupyter from 0.27 on has found them already
+        marked = formula.get_text().strip()
+        around = "$$" if marked.startswith("\\[") else "$"
+        formula.replace_with(f"{around}{marked[2:-2].strip()}{around}")
+    soup.smooth()
     for text in soup.find_all(string=FORMULA):
         if not {tag.name for tag in text.parents} & {"code", "pre", "script", "style", "svg"}:
             text.replace_with(BeautifulSoup(with_formulas(str(text)), "html.parser"))
