@@ -195,7 +195,8 @@ def nobody_counts(found: Entrance, run: Run) -> bool:
 
     expected = run()
     turned = found.run_with(run, partial(found.rows_changed, turn_round))
-    return torch.allclose(expected, turned, rtol=1e-2, atol=1e-2 * float(expected.abs().max()))
+    noise = 1e-2 if next(found.model.parameters()).dtype.itemsize < 4 else 1e-4  # of sums in another order
+    return torch.allclose(expected, turned, rtol=noise, atol=noise * float(expected.abs().max()))
 
 
 def runs_without(found: Entrance, keep: Tensor, run: Run) -> bool:
