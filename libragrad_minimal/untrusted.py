@@ -264,7 +264,7 @@ def without_pickled_code(name: str) -> Iterator[None]:
     try:
         yield
     except (UnpicklingError, EOFError, RuntimeError) as error:  # the last is what newer timm makes of the first
-        if type(error) is RuntimeError and "weights_only" not in str(error):
+        if isinstance(error, RuntimeError) and "weights_only" not in str(error):
             raise
         if "nsupported global" in str(error):
             why = "holds more than tensors, which would have to be run as code; take one in safetensors' format"
