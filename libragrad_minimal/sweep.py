@@ -370,7 +370,7 @@ def outcome(run: Run, bounds: Bounds) -> dict[str, Any] | None:
 
 def work(library: str, name: str, bounds: Bounds, answers: Connection) -> None:
     """What the process of one model does."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C, which all processes of a terminal hear, ends it without a word
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # a terminal tells all of a job: end without a word
     silence()
     os.environ.update(HF_HUB_OFFLINE="1", TQDM_DISABLE="1")
     torch.set_num_threads(1)
