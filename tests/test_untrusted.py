@@ -258,7 +258,7 @@ class Told:
 
 @pytest.mark.parametrize("elsewhere", [{}, {"hf_hub_filename": "other.bin"}], ids=["usual name", "another name"])
 def test_weights_that_would_run_code(somebodys_vit, elsewhere, tmp_path):
-    """Under timm 1.0.20 these ran it."""
+    """Under timm 1.0.20 all but the usual name of a hub ran it, when nothing forbade it."""
     name, place = somebodys_vit
     torch.save({"state_dict": Told(tmp_path / "ran"), "weights": torch.randn(20_000)}, weights_of(place))
     weights_of(place).rename(place / elsewhere.get("hf_hub_filename", weights_of(place).name))
